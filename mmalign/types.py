@@ -1,0 +1,152 @@
+"""The words every part of mmalign shares: pairs, log-ratios, step outputs and the `Reward` protocol.
+
+Shape legend, used in every docstring:
+
+    B  pairs (or samples) in a batch         C, h, w  latent channels, height, width
+    L  tokens of an encoded prompt           H, W     image height and width in pixels
+    D  width of a prompt embedding           T        steps of a sampler
+
+Batches of pairs are ordered `[chosen; rejected]` on dim 0, so a tensor of "2B" rows has the chosen
+samples in its first half. Nothing here imports torch at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mmalign.config import SamplingConfig
+
+Modality = Literal["image", "text", "audio"]
+Condition = dict[str, "Tensor"]
+"""What a denoiser is conditioned on: named tensors with the batch on dim 0 (`prompt_embeds`, ...)."""
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, where, and what to do."""
+
+
+class ImageRef(NamedTuple):
+    """An image that has not been decoded: a file, or the encoded bytes of one.
+
+    `where` names it in messages: a path, or a file with a row number and column.
+    """
+
+    data: Path | bytes
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferencePair:
+    """Two answers to one prompt, of which `chosen` is preferred.
+
+    For image generators `chosen` and `rejected` are images; for vision-language models they are
+    texts. `margin` is `score_chosen - score_rejected` when both are known. `pair_id` is stable across
+    runs and machines: all randomness of a sample is keyed by it.
+    """
+
+    pair_id: str
+    prompt: str
+    chosen: ImageRef | str
+    rejected: ImageRef | str
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    margin: float | None = None
+    source: str | None = None
+
+
+class LogRatios(NamedTuple):
+    """`log pi_policy - log pi_ref` of both sides of each pair; shape (B,) each."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+class LatentMoments(NamedTuple):
+    """Mean and standard deviation of the latents of images, already scaled; (B, C, h, w) each."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class ImageAdapter(Protocol):
+    """One family of image generators, seen by everything else.
+
+    `denoiser` is the network being trained (the policy); a pipeline may replace it by a wrapped one.
+    `alphas_cumprod` has shape (num_train_timesteps,). `fingerprint` identifies the weights and the
+    preprocessing of the frozen parts (autoencoder and text encoders), for cache keys.
+    """
+
+    family: str
+    denoiser: nn.Module
+    prediction_type: Literal["epsilon", "v_prediction"]
+    alphas_cumprod: Tensor
+    fingerprint: str
+
+    def encode_images(self, images: Tensor) -> LatentMoments:
+        """Encode images (B, 3, H, W) in [0, 1]."""
+        ...
+
+    def encode_condition(self, prompts: Sequence[str], *, height: int, width: int) -> Condition:
+        """Encode prompts, one row each; sizes in pixels."""
+        ...
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise clean latents (B, C, h, w) to scheduler timesteps (B,)."""
+        ...
+
+    def predict(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        condition: Condition,
+        *,
+        guidance_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Run `denoiser`; returns the raw model output (B, C, h, w).
+
+        `guidance_scale` (B,) is the guidance embedding of consistency models, in the units of
+        classifier-free guidance.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents to images (B, 3, H, W) in [0, 1]; differentiable."""
+        ...
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> Tensor:
+        """Sample one image per prompt and seed, (B, 3, H, W) in [0, 1], without gradients."""
+        ...
+
+
+class StepOutput(NamedTuple):
+    """What one training step hands to the trainer: a scalar loss and metrics to log."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor | float]
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores samples; higher is better.
+
+    `samples` of an image reward are float tensors (B, 3, H, W) in [0, 1] on any device. The result
+    has shape (B,). Preprocessing stays in tensor space, so a `differentiable` reward passes gradients
+    to its samples; `no_grad` is the caller's business.
+    """
+
+    name: str
+    modality: Modality
+    differentiable: bool
+    range: tuple[float, float]
+
+    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score each sample for its prompt."""
+        ...
