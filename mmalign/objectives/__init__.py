@@ -1,0 +1,1 @@
+"""Objectives: pure functions from tensors and hyper-parameters to losses and metrics."""
