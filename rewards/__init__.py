@@ -31,7 +31,7 @@ ENTRY_POINT_GROUP = "mmalign.rewards"
 REWARDS = {
     "aesthetic": "mmalign.rewards.aesthetic:AestheticReward",
     "brightness": "mmalign.rewards.brightness:BrightnessReward",
-    "callable": "mmalign.rewards.callable:CallableReward",
+    "callable": "mmalign.rewards.function:CallableReward",
     "clip": "mmalign.rewards.clip:ClipReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",
@@ -68,7 +68,7 @@ def load_reward(config: RewardConfig, device: str = "cpu") -> Reward:
         return target
     if not callable(target):
         raise InputError(f"reward {config.name!r} is a {type(target).__name__}, not a callable")
-    from mmalign.rewards.callable import CallableReward
+    from mmalign.rewards.function import CallableReward
 
     return CallableReward(partial(target, **config.options), name=config.name)
 

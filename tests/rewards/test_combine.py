@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmalign.config import RewardConfig
+from mmalign.rewards.brightness import BrightnessReward
+from mmalign.rewards.combine import CombinedReward, combine_scores, normalize_scores, unique_names
+from mmalign.rewards.function import CallableReward
+from mmalign.rewards.saturation import SaturationReward
+from mmalign.types import InputError, Reward
+
+PROMPTS = ["a", "a", "b", "b"]
+
+
+def reward(function: Callable[..., object], name: str = "r") -> CallableReward:
+    return CallableReward(function, name=name)
+
+
+def values(*numbers: float, name: str = "r") -> CallableReward:
+    return reward(lambda images, prompts: list(numbers), name)
+
+
+def test_weighted_sum() -> None:
+    combined = CombinedReward(
+        [
+            (values(1, 2, 3, 4, name="x"), RewardConfig(weight=2.0)),
+            (values(4, 0, 0, 8, name="y"), RewardConfig(weight=-0.5)),
+        ]
+    )
+    assert isinstance(combined, Reward)
+    assert combined(torch.zeros(4, 3, 1, 1), PROMPTS).tolist() == [0.0, 4.0, 6.0, 4.0]
+
+
+def test_eval_only_is_reported_but_not_summed() -> None:
+    combined = CombinedReward(
+        [
+            (values(1, 2, 3, 4, name="x"), RewardConfig()),
+            (values(9, 9, 9, 9, name="y"), RewardConfig(eval_only=True)),
+        ]
+    )
+    details = combined.details(torch.zeros(4, 3, 1, 1), PROMPTS)
+    assert details.total.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert details.raw["y"].tolist() == [9.0] * 4
+    assert list(details.normalized) == ["x"]
+
+
+def test_only_eval_only_is_refused() -> None:
+    with pytest.raises(InputError, match="every reward is eval_only"):
+        CombinedReward([(values(1), RewardConfig(eval_only=True))])
+    with pytest.raises(InputError, match="every reward is eval_only"):
+        combine_scores({"x": torch.ones(1)}, {"x": RewardConfig(eval_only=True)}, ["a"])
+
+
+def test_zscore() -> None:
+    scores = normalize_scores(torch.tensor([1.0, 2.0, 3.0, 6.0]), PROMPTS, "zscore")
+    torch.testing.assert_close(scores, torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5))
+
+
+def test_prompt_zscore_ignores_the_level_of_a_prompt() -> None:
+    scores = normalize_scores(torch.tensor([1.0, 3.0, 100.0, 300.0]), PROMPTS, "prompt_zscore")
+    assert scores.tolist() == [-1.0, 1.0, -1.0, 1.0]
+
+
+@pytest.mark.parametrize("how", ["zscore", "prompt_zscore"])
+def test_equal_scores_become_zero(how: str) -> None:
+    scores = normalize_scores(torch.full((4,), 0.1), PROMPTS, how)
+    assert scores.tolist() == [0.0] * 4
+
+
+def test_prompt_rank() -> None:
+    groups = ["a"] * 4 + ["b"]
+    scores = normalize_scores(torch.tensor([5.0, 1.0, 5.0, 9.0, 7.0]), groups, "prompt_rank")
+    assert scores.tolist() == pytest.approx([0.5, 0.0, 0.5, 1.0, 0.5])
+
+
+def test_unknown_normalization() -> None:
+    with pytest.raises(InputError, match="unknown normalization 'softmax'"):
+        normalize_scores(torch.ones(2), ["a", "a"], "softmax")
+
+
+def test_gradients_pass_through_sum_and_zscore() -> None:
+    combined = CombinedReward(
+        [
+            (BrightnessReward(), RewardConfig(weight=0.5, normalize="zscore")),
+            (SaturationReward(), RewardConfig(weight=2.0)),
+        ]
+    )
+    assert combined.differentiable
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 2, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: combined(x, ["a", "b", "c"]), (images,))
+
+
+def test_rank_is_not_differentiable() -> None:
+    config = RewardConfig(normalize="prompt_rank", weight=3.0)
+    combined = CombinedReward([(BrightnessReward(), config)])
+    assert not combined.differentiable
+    assert combined.range == (0.0, 3.0)
+
+
+def test_range_adds_up() -> None:
+    combined = CombinedReward(
+        [
+            (BrightnessReward(), RewardConfig(weight=2.0)),
+            (SaturationReward(), RewardConfig(weight=-1.0)),
+        ]
+    )
+    assert combined.range == (-1.0, 2.0)
+
+
+def test_repeated_names_stay_apart() -> None:
+    pairs: list[tuple[Reward, RewardConfig]] = [(values(1), RewardConfig()) for _ in range(3)]
+    assert unique_names(pairs) == ["r", "r_2", "r_3"]
+
+
+def test_bad_score_names_reward_and_sample() -> None:
+    def broken(images: Tensor, prompts: list[str]) -> list[float]:
+        return [1.0, math.nan]
+
+    combined = CombinedReward([(reward(broken, "mine"), RewardConfig())])
+    with pytest.raises(InputError, match=r"reward mine returned nan for b\.png"):
+        combined.details(torch.zeros(2, 3, 1, 1), ["", ""], ["a.png", "b.png"])
