@@ -1,0 +1,364 @@
+"""Comparison of two image generators on the same prompts and seeds.
+
+Intervals are percentile bootstrap intervals clustered by prompt: whole prompts are drawn with
+replacement, because images of one prompt are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmalign.randomness import derive_seed, keyed_generator
+from mmalign.scoring import score_in_batches
+from mmalign.types import InputError
+
+if TYPE_CHECKING:
+    from mmalign.config import RewardConfig, SamplingConfig
+    from mmalign.types import ImageAdapter, Reward
+
+RESAMPLES = 2000
+Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
+"""Makes one image (3, H, W) per prompt and seed, stacked to (N, 3, H, W) in [0, 1]."""
+
+
+class WinRate(NamedTuple):
+    """How often the candidate beats the baseline.
+
+    `value` is wins / (wins + losses), so ties say nothing; it and `ci95` are NaN when nothing was
+    decided. `value_with_ties` counts a tie as half a win. `n` counts all comparisons.
+    """
+
+    value: float
+    ci95: tuple[float, float]
+    n: int
+    wins: int
+    losses: int
+    ties: int
+    value_with_ties: float
+
+
+class Mean(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    value: float
+    ci95: tuple[float, float]
+
+
+class Verdict(NamedTuple):
+    """What the judge says of one image: its score, a phrase, and whether the image is right.
+
+    `correct` is None for a judge that has no notion of right and wrong.
+    """
+
+    score: float
+    text: str
+    correct: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything measured; images and verdicts have one row per (prompt, index), prompt first.
+
+    `before` and `after` map a metric to its mean for the base and the policy; `changes` to the mean
+    paired difference after - before with its interval.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    before: dict[str, float]
+    after: dict[str, float]
+    changes: dict[str, Mean]
+    win_rate: WinRate | None
+    judge: str | None
+    images_before: Tensor
+    images_after: Tensor
+    verdicts_before: list[Verdict] = field(default_factory=list)
+    verdicts_after: list[Verdict] = field(default_factory=list)
+
+
+def win_rate(
+    candidate: Sequence[float] | Tensor,
+    baseline: Sequence[float] | Tensor,
+    groups: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> WinRate:
+    """Compare scores pairwise; equal scores are ties.
+
+    The interval is over resamples in which at least one pair was decided. If all decided pairs of
+    all prompts agree it has no width: that is a property of the bootstrap, not certainty.
+
+    Args:
+        candidate: scores (N,).
+        baseline: scores (N,) of the same prompts and seeds.
+        groups: prompt of each comparison.
+        seed: of the bootstrap.
+        resamples: number of bootstrap resamples.
+
+    Raises:
+        InputError: if there is nothing to compare, lengths differ or a score is not finite.
+    """
+    difference = _vector(candidate, groups) - _vector(baseline, groups)
+    wins = _cluster_sums((difference > 0).double(), groups)
+    losses = _cluster_sums((difference < 0).double(), groups)
+    draws = _bootstrap(len(wins), seed, resamples)
+    won, lost = wins[draws].sum(1), losses[draws].sum(1)
+    decided = won + lost > 0
+    won_total, lost_total, n = int(wins.sum()), int(losses.sum()), len(difference)
+    ties = n - won_total - lost_total
+    known = won_total + lost_total > 0
+    return WinRate(
+        value=won_total / (won_total + lost_total) if known else float("nan"),
+        ci95=_interval((won / (won + lost))[decided]) if known else (float("nan"), float("nan")),
+        n=n,
+        wins=won_total,
+        losses=lost_total,
+        ties=ties,
+        value_with_ties=(won_total + ties / 2) / n,
+    )
+
+
+def mean_ci(
+    values: Sequence[float] | Tensor,
+    groups: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Mean:
+    """Average values with a bootstrap interval clustered by group.
+
+    Args:
+        values: (N,).
+        groups: prompt of each value.
+        seed: of the bootstrap.
+        resamples: number of bootstrap resamples.
+
+    Raises:
+        InputError: if there are no values, lengths differ or a value is not finite.
+    """
+    vector = _vector(values, groups)
+    sums = _cluster_sums(vector, groups)
+    counts = _cluster_sums(torch.ones_like(vector), groups)
+    draws = _bootstrap(len(sums), seed, resamples)
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    return Mean(float(vector.mean()), _interval(means))
+
+
+def diversity(images: Tensor, groups: Sequence[str]) -> float:
+    """Average pairwise distance among images of one prompt, then over prompts.
+
+        d(a, b) = sqrt(mean over pixels and channels of (a - b)^2)
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+        groups: prompt of each image; prompts with a single image do not count.
+
+    Raises:
+        InputError: if no prompt has two images.
+    """
+    distances = prompt_diversity(images, groups)
+    return sum(distances.values()) / len(distances)
+
+
+def prompt_diversity(images: Tensor, groups: Sequence[str]) -> dict[str, float]:
+    """Average pairwise distance of every prompt with at least two images; see `diversity`.
+
+    Raises:
+        InputError: if no prompt has two images.
+    """
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    distances = {}
+    for group, rows in members.items():
+        if len(rows) > 1:
+            flat = images[rows].flatten(1).double()
+            pixels = flat.shape[1]
+            distances[group] = float(torch.pdist(flat).mean()) / pixels**0.5
+    if not distances:
+        raise InputError("diversity needs at least two images of one prompt")
+    return distances
+
+
+def plan(prompts: Sequence[str], images_per_prompt: int, seed: int) -> tuple[list[str], list[int]]:
+    """List every (prompt, seed) to sample, prompt by prompt.
+
+    A prompt that occurs twice gets twice as many different seeds.
+
+    Returns:
+        Prompts and seeds, both of length `len(prompts) * images_per_prompt`.
+    """
+    used: dict[str, int] = {}
+    rows: list[tuple[str, int]] = []
+    for prompt in prompts:
+        first = used.get(prompt, 0)
+        used[prompt] = first + images_per_prompt
+        rows += [
+            (prompt, derive_seed(seed, "evaluation", prompt, index))
+            for index in range(first, first + images_per_prompt)
+        ]
+    return [prompt for prompt, _ in rows], [row_seed for _, row_seed in rows]
+
+
+def sample_images(
+    adapter: ImageAdapter,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    description: str = "sample",
+) -> Tensor:
+    """Sample one image per prompt and seed in batches, with a bar; (N, 3, H, W) float32 on CPU."""
+    parts = []
+    with tqdm(total=len(prompts), desc=description, unit="image") as bar:
+        for start in range(0, len(prompts), sampling.batch_size):
+            rows = slice(start, start + sampling.batch_size)
+            images = adapter.sample(prompts[rows], seeds[rows], sampling)
+            parts.append(images.float().cpu())
+            bar.update(len(images))
+    return torch.cat(parts)
+
+
+def evaluate_models(
+    base: Sampler | Tensor,
+    policy: Sampler | Tensor,
+    prompts: Sequence[str],
+    *,
+    rewards: Sequence[tuple[Reward, RewardConfig]] = (),
+    judge: Reward | None = None,
+    images_per_prompt: int = 4,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure base and policy on the same prompts and seeds.
+
+    A judge may have two optional methods: `metrics(images, prompts) -> dict[str, (B,)]`, averaged
+    into `before` and `after`, of which `correct` marks each picture; and
+    `verdicts(images, prompts) -> list[str]`, shown under it.
+
+    Args:
+        base: sampler of the base, or its images in the order of `plan`.
+        policy: sampler of the trained model, or its images.
+        prompts: evaluation prompts.
+        rewards: rewards to report, each with its configuration (batch size).
+        judge: the reward that decides each pair.
+        images_per_prompt: images per prompt and model.
+        seed: base seed of the images and of the bootstrap.
+
+    Raises:
+        InputError: if there are no prompts, images are missing, or a score is bad.
+    """
+    if not prompts or images_per_prompt < 1:
+        raise InputError("evaluation needs at least one prompt and one image per prompt")
+    rows, seeds = plan(prompts, images_per_prompt, seed)
+    images = [_images(base, rows, seeds, "base"), _images(policy, rows, seeds, "policy")]
+    names = [f"image {index} of prompt {prompt!r}" for index, prompt in enumerate(rows)]
+    tables = [_reward_table(side, rows, names, rewards) for side in images]
+    verdicts: list[list[Verdict]] = [[], []]
+    rate = None
+    if judge is not None:
+        verdicts = [_judge(judge, *pair, rows, names) for pair in zip(images, tables, strict=True)]
+        before_scores, after_scores = ([v.score for v in side] for side in verdicts)
+        rate = win_rate(after_scores, before_scores, rows, seed=seed)
+    changes = {k: mean_ci(tables[1][k] - tables[0][k], rows, seed=seed) for k in tables[0]}
+    before, after = ({k: float(v.mean()) for k, v in table.items()} for table in tables)
+    if len(set(rows)) < len(rows):
+        spread = [prompt_diversity(side, rows) for side in images]
+        change = [spread[1][prompt] - spread[0][prompt] for prompt in spread[0]]
+        changes["diversity"] = mean_ci(change, list(spread[0]), seed=seed)
+        before["diversity"], after["diversity"] = (sum(s.values()) / len(s) for s in spread)
+    return Evaluation(
+        prompts=rows,
+        seeds=seeds,
+        before=before,
+        after=after,
+        changes=changes,
+        win_rate=rate,
+        judge=judge.name if judge is not None else None,
+        images_before=images[0],
+        images_after=images[1],
+        verdicts_before=verdicts[0],
+        verdicts_after=verdicts[1],
+    )
+
+
+def _images(source: Sampler | Tensor, prompts: list[str], seeds: list[int], side: str) -> Tensor:
+    images = source if isinstance(source, Tensor) else source(prompts, seeds)
+    if images.ndim != 4 or len(images) != len(prompts):
+        raise InputError(
+            f"evaluation: {side} has images of shape {tuple(images.shape)} "
+            f"for {len(prompts)} prompts and seeds"
+        )
+    return images.detach().cpu()
+
+
+def _reward_table(
+    images: Tensor,
+    prompts: list[str],
+    names: list[str],
+    rewards: Sequence[tuple[Reward, RewardConfig]],
+) -> dict[str, Tensor]:
+    table: dict[str, Tensor] = {}
+    for reward, config in rewards:
+        scores = score_in_batches(
+            reward, images, prompts, names=names, batch_size=config.batch_size
+        )
+        table[_free_name(reward.name, table)] = scores
+    return table
+
+
+def _judge(
+    judge: Any, images: Tensor, table: dict[str, Tensor], prompts: list[str], names: list[str]
+) -> list[Verdict]:
+    """Add the judge's score and metrics to `table`; return its verdicts."""
+    scores = score_in_batches(judge, images, prompts, names=names)
+    table[_free_name(judge.name, table)] = scores
+    correct: list[bool | None] = [None] * len(prompts)
+    if hasattr(judge, "metrics"):
+        with torch.no_grad():
+            metrics = judge.metrics(images, prompts)
+        for name, values in metrics.items():
+            table[_free_name(name, table)] = _vector(values, prompts)
+        if "correct" in metrics:
+            correct = [value > 0.5 for value in _vector(metrics["correct"], prompts).tolist()]
+    texts = judge.verdicts(images, prompts) if hasattr(judge, "verdicts") else [""] * len(prompts)
+    return [Verdict(*row) for row in zip(scores.tolist(), texts, correct, strict=True)]
+
+
+def _free_name(name: str, table: dict[str, Tensor]) -> str:
+    candidate, count = name, 1
+    while candidate in table:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def _vector(values: Sequence[float] | Tensor, groups: Sequence[str]) -> Tensor:
+    vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    if vector.shape != (len(groups),) or not len(groups):
+        raise InputError(f"{vector.numel()} values for {len(groups)} prompts: need one each, not 0")
+    if not bool(torch.isfinite(vector).all()):
+        index = int((~torch.isfinite(vector)).nonzero()[0])
+        raise InputError(f"value {float(vector[index])} for prompt {groups[index]!r}")
+    return vector
+
+
+def _cluster_sums(values: Tensor, groups: Sequence[str]) -> Tensor:
+    ids = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+    rows = torch.tensor([ids[group] for group in groups])
+    return torch.zeros(len(ids), dtype=values.dtype).index_add(0, rows, values)
+
+
+def _bootstrap(clusters: int, seed: int, resamples: int) -> Tensor:
+    generator = keyed_generator(seed, "bootstrap")
+    return torch.randint(clusters, (resamples, clusters), generator=generator)
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
