@@ -1,0 +1,115 @@
+"""Accelerate's part of a run: the accelerator, its trackers, and a stop all processes agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
+
+from mmalign.config import TrainConfig
+from mmalign.types import InputError
+
+SIGTERM_EXIT_CODE = 143
+
+
+def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
+    """Make the accelerator of a run.
+
+    Args:
+        config: options of the run.
+        cpu: stay on the CPU even where there is a GPU.
+
+    Raises:
+        InputError: a tracker is unknown or not installed, or the device lacks the precision.
+    """
+    missing = {str(name) for name in LoggerType} - {str(name) for name in get_available_trackers()}
+    for name in config.report_to:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise InputError(f"report_to: no tracker {name!r}; there are {known}")
+        if name in missing:
+            raise InputError(f"report_to: {name} is not installed; install it or leave it out")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            cpu=cpu,
+            log_with=config.report_to or None,
+            project_dir=config.output_dir,
+        )
+    except ValueError as error:
+        raise InputError(f"mixed_precision {config.mixed_precision}: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("mixed_precision: fp16 needs a GPU; use bf16 or no")
+    # `accelerate launch` sets a number of its own through the environment.
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+    return accelerator
+
+
+@contextmanager
+def tracking(accelerator: Accelerator, config: TrainConfig) -> Iterator[None]:
+    """Start the trackers of `report_to` and finish them at the end of the block."""
+    if config.report_to:
+        accelerator.init_trackers("mmalign", config=_flat(dataclasses.asdict(config)))
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers.clear()
+
+
+class StopSignal:
+    """Turns SIGTERM into a flag for the duration of a `with` block.
+
+    Outside the main thread no signal arrives and the flag stays down.
+    """
+
+    def __init__(self) -> None:
+        """Start with the flag down."""
+        self.requested = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle SIGTERM inside the block; the previous handler comes back afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Tell whether any process was asked to stop, so that all leave after the same step."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        flag = torch.tensor(float(self.requested), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Flatten nested options to what every tracker stores."""
+    flat: dict[str, int | float | str | bool] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = (
+                value if isinstance(value, int | float | str) else json.dumps(value)
+            )
+    return flat

@@ -1,0 +1,182 @@
+"""What a checkpoint of a run holds, and the rules of resuming."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from mmalign.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    pack,
+    save_checkpoint,
+    step_of,
+    unpack,
+)
+from mmalign.config import TrainConfig, as_path
+from mmalign.types import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """Something that changes during training and belongs in the checkpoint."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return dicts, lists, tensors and scalars."""
+        ...
+
+    def load_state_dict(self, state: Any) -> object:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+class TrainingState:
+    """Trainable parameters, optimizer, loss scaler, average and further parts of one run.
+
+    `last_step` and `last_path` name the checkpoint saved or loaded last.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        accelerator: Accelerator,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: AcceleratedOptimizer,
+        ema: EMAModel | None,
+        parts: Mapping[str, Stateful],
+    ) -> None:
+        """Remember the objects; their state is read and written later."""
+        self._config, self._accelerator = config, accelerator
+        self._parameters, self._optimizer, self._ema = parameters, optimizer, ema
+        self._parts = parts
+        self._folder = Path(config.output_dir) / "checkpoints"
+        self.last_step = 0
+        self.last_path: Path | None = None
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint of `step`, on the main process.
+
+        Raises:
+            InputError: it cannot be written; earlier checkpoints are intact.
+        """
+        skeleton, tensors = pack(self._capture())
+        if self._accelerator.is_main_process:
+            save_checkpoint(
+                self._folder,
+                step,
+                {"model": self._parameters, "training": tensors},
+                {"run": self._identity(), "training": skeleton},
+                self._config.save_total_limit,
+            )
+        self._accelerator.wait_for_everyone()
+        self.last_step, self.last_path = step, self._folder / f"checkpoint-{step}"
+
+    def resume(self) -> int:
+        """Restore the checkpoint that `resume_from_checkpoint` asks for.
+
+        Returns:
+            The step to continue from, 0 for a fresh run. `latest` without any checkpoint is a fresh
+            run: the process was killed before the first save.
+
+        Raises:
+            InputError: the checkpoint is damaged or of another run, newer ones would be overtaken,
+                or a fresh run would mix with the checkpoints of an earlier one.
+        """
+        wanted, existing = self._config.resume_from_checkpoint, list_checkpoints(self._folder)
+        if wanted is None:
+            if existing:
+                raise InputError(
+                    f"{self._folder}: holds checkpoints of an earlier run; continue it with"
+                    " resume_from_checkpoint: latest, or choose another output_dir"
+                )
+            return 0
+        path = latest_checkpoint(self._folder) if wanted == "latest" else as_path(wanted)
+        if path is None:
+            logger.warning("%s: no checkpoint yet, starting at step 0", self._folder)
+            return 0
+        checkpoint = load_checkpoint(path)
+        newer = [p for p in existing if step_of(p) > checkpoint.step]
+        if newer and wanted != "latest":
+            raise InputError(
+                f"{newer[-1]}: is newer than the checkpoint to resume from; move it away or choose"
+                " another output_dir"
+            )
+        self._restore(checkpoint)
+        self.last_step, self.last_path = checkpoint.step, path
+        return checkpoint.step
+
+    def _identity(self) -> dict[str, str | int]:
+        """What must be equal for a resumed run to continue the same trajectory."""
+        return {
+            "config": type(self._config).__name__,
+            "seed": self._config.seed,
+            "per_device_train_batch_size": self._config.per_device_train_batch_size,
+            "gradient_accumulation_steps": self._config.gradient_accumulation_steps,
+            "num_processes": self._accelerator.num_processes,
+        }
+
+    def _capture(self) -> dict[str, Any]:
+        scaler = self._accelerator.scaler
+        return {
+            "optimizer": {name: self._optimizer.state[p] for name, p in self._parameters.items()},
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "ema": None if self._ema is None else self._ema.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+        }
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        _must_match(checkpoint, "run", checkpoint.state.get("run"), self._identity())
+        saved = {name: list(value.shape) for name, value in checkpoint.tensors["model"].items()}
+        shapes = {name: list(value.shape) for name, value in self._parameters.items()}
+        _must_match(checkpoint, "trained weights", saved, shapes)
+        training = unpack(checkpoint.state["training"], checkpoint.tensors["training"])
+        _must_match(
+            checkpoint,
+            "saved parts",
+            {"parts": sorted(training["parts"]), "ema": training["ema"] is not None},
+            {"parts": sorted(self._parts), "ema": self._ema is not None},
+        )
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(checkpoint.tensors["model"][name])
+        self._restore_optimizer(training["optimizer"])
+        scaler = self._accelerator.scaler
+        if scaler is not None and training["scaler"] is not None:
+            scaler.load_state_dict(training["scaler"])
+        if self._ema is not None:
+            # The decay is an option and may have been changed since.
+            self._ema.load_state_dict({**training["ema"], "decay": self._config.ema_decay})
+            self._ema.to(self._accelerator.device)
+        for name, part in self._parts.items():
+            part.load_state_dict(training["parts"][name])
+
+    def _restore_optimizer(self, saved: Mapping[str, Any]) -> None:
+        """Restore the moments; learning rate and the like come from the configuration."""
+        state = {index: saved[name] for index, name in enumerate(self._parameters) if saved[name]}
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _must_match(checkpoint: Checkpoint, what: str, saved: Any, current: Mapping[str, Any]) -> None:
+    if saved == current:
+        return
+    there = saved if isinstance(saved, dict) else {}
+    for key in dict.fromkeys([*current, *there]):
+        if key not in there or key not in current or there[key] != current[key]:
+            before, now = there.get(key, "missing"), current.get(key, "missing")
+            raise InputError(
+                f"{checkpoint.path}: cannot resume, its {what} differ from this run's:"
+                f" {key} was {before}, now {now}"
+            )

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from mmalign.metrics_log import MetricsLog
+from mmalign.types import InputError
+
+
+def test_metrics_log_drops_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n{"step": 3, "lo')
+    with MetricsLog(path, keep_until=5) as log:
+        log.write(3, {"loss": math.inf})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 0.25},
+        {"step": 3, "loss": None},
+    ]
+
+
+def test_metrics_log_in_a_place_that_cannot_hold_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: cannot write metrics"):
+        MetricsLog(tmp_path / "file" / "metrics.jsonl", keep_until=0)
+
+
+def test_metrics_log_on_a_full_disk_is_one_line() -> None:
+    log = MetricsLog.__new__(MetricsLog)
+    log.path = Path("/dev/full")
+    log._file = log.path.open("ab", buffering=0)
+    with pytest.raises(InputError, match=r"/dev/full: cannot write metrics.*No space left"):
+        log.write(1, {"loss": 0.0})
+    log.close()
