@@ -1,0 +1,1 @@
+"""Align image generators and vision-language models with preferences and rewards."""

@@ -1,7 +1,7 @@
 """Every option of every command, as keyword-only dataclasses with no heavy imports.
 
-Option names follow Hugging Face's trainers where one exists. `mmalign.cli` fills these from defaults,
-then a YAML file, then flags; an unknown key is an error that names the nearest valid one.
+Option names follow Hugging Face's trainers where one exists. `mmalign.cli` fills these from
+defaults, then a YAML file, then flags; an unknown key is an error that names the nearest valid one.
 """
 
 from __future__ import annotations
@@ -252,7 +252,8 @@ class EvalConfig:
     """Evaluation of base against aligned, done after training.
 
     Attributes:
-        prompts: file with one prompt per line (or .jsonl with `prompt`); no evaluation when omitted.
+        prompts: file with one prompt per line (or .jsonl with `prompt`); no evaluation when
+        omitted.
         num_prompts: use only the first so many prompts.
         images_per_prompt: images per prompt and model, each with its own seed.
         rewards: rewards to report for both models.
@@ -277,9 +278,11 @@ class OfflineConfig(ModelConfig, TrainConfig, PreferenceConfig):
         sampling: how evaluation images and samples are made.
         evaluation: what is measured after training.
         caption_dropout: share of pairs trained with the empty prompt, the same for both sides.
-        num_draws: with K > 0 each pair has K fixed (timestep, noise) draws, so that reference errors
+        num_draws: with K > 0 each pair has K fixed (timestep, noise) draws, so that reference
+        errors
             are computed once and cached; 0 draws afresh at every step.
-        split_pair_backward: back-propagate chosen and rejected one after the other: exact, less memory.
+        split_pair_backward: back-propagate chosen and rejected one after the other: exact, less
+        memory.
     """
 
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -298,7 +301,8 @@ class DiffusionDpoConfig(OfflineConfig):
 
     Attributes:
         beta: strength of the pull to the reference, in units of one over a mean squared error.
-        beta_convention: `salesforce` multiplies the error difference by beta / 2, `diffusers` by beta.
+        beta_convention: `salesforce` multiplies the error difference by beta / 2, `diffusers` by
+        beta.
     """
 
     beta: float = 5000.0
@@ -324,7 +328,8 @@ class ConsistencyDpoConfig(OfflineConfig):
         beta: strength of the pull to the reference, in units of one over a pseudo-Huber distance.
         teacher: diffusion checkpoint whose solver gives the target, same forms as `model`.
         huber_c: constant c of the pseudo-Huber distance.
-        min_guidance: smallest guidance scale drawn.
+        min_guidance: smallest guidance scale drawn, in units of classifier-free guidance: the
+            papers' omega plus 1.
         max_guidance: largest guidance scale drawn.
         num_ddim_timesteps: steps of the teacher's DDIM grid.
     """
@@ -332,8 +337,8 @@ class ConsistencyDpoConfig(OfflineConfig):
     beta: float = 200.0
     teacher: str = "pkg://mmalign.shapes/models/sd"
     huber_c: float = 1e-3
-    min_guidance: float = 5.0
-    max_guidance: float = 15.0
+    min_guidance: float = 6.0
+    max_guidance: float = 16.0
     num_ddim_timesteps: int = 50
 
 
@@ -430,7 +435,8 @@ class ScoreConfig:
     Attributes:
         reward: reward names, repeated for several.
         images: folder of images.
-        prompts: prompt file: one line per image in sorted order, or .jsonl with `file_name`, `prompt`.
+        prompts: prompt file: one line per image in sorted order, or .jsonl with `file_name`,
+        `prompt`.
         output: parquet file.
         batch_size: images scored at a time.
         options: keyword arguments per reward name.
@@ -510,6 +516,17 @@ class QuickstartImageConfig:
     method: Literal["curriculum-dpo", "diffusion-dpo", "consistency-dpo"] = "curriculum-dpo"
     seed: int = 0
     output_dir: str | None = None
+
+
+@dataclass(kw_only=True)
+class EnvConfig:
+    """What `mmalign env` prints.
+
+    Attributes:
+        json: print JSON instead of lines.
+    """
+
+    json: bool = False
 
 
 def dump_config(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""The words every part of mmalign shares: pairs, log-ratios, step outputs and the `Reward` protocol.
+"""The words every part of mmalign shares: pairs, log-ratios, step outputs, protocols.
 
 Shape legend, used in every docstring:
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Modality = Literal["image", "text", "audio"]
 Condition = dict[str, "Tensor"]
-"""What a denoiser is conditioned on: named tensors with the batch on dim 0 (`prompt_embeds`, ...)."""
+"""What a denoiser is conditioned on: named tensors with the batch on dim 0."""
 
 
 class InputError(ValueError):
@@ -46,8 +46,8 @@ class PreferencePair:
     """Two answers to one prompt, of which `chosen` is preferred.
 
     For image generators `chosen` and `rejected` are images; for vision-language models they are
-    texts. `margin` is `score_chosen - score_rejected` when both are known. `pair_id` is stable across
-    runs and machines: all randomness of a sample is keyed by it.
+    texts. `margin` is `score_chosen - score_rejected` when both are known. `pair_id` is stable
+    across runs and machines: all randomness of a sample is keyed by it.
     """
 
     pair_id: str
@@ -77,9 +77,9 @@ class LatentMoments(NamedTuple):
 class ImageAdapter(Protocol):
     """One family of image generators, seen by everything else.
 
-    `denoiser` is the network being trained (the policy); a pipeline may replace it by a wrapped one.
-    `alphas_cumprod` has shape (num_train_timesteps,). `fingerprint` identifies the weights and the
-    preprocessing of the frozen parts (autoencoder and text encoders), for cache keys.
+    `denoiser` is the network being trained (the policy); a pipeline may replace it by a wrapped
+    one. `alphas_cumprod` has shape (num_train_timesteps,). `fingerprint` identifies the weights
+    and the preprocessing of the frozen parts (autoencoder and text encoders), for cache keys.
     """
 
     family: str
@@ -138,8 +138,8 @@ class Reward(Protocol):
     """Scores samples; higher is better.
 
     `samples` of an image reward are float tensors (B, 3, H, W) in [0, 1] on any device. The result
-    has shape (B,). Preprocessing stays in tensor space, so a `differentiable` reward passes gradients
-    to its samples; `no_grad` is the caller's business.
+    has shape (B,). Preprocessing stays in tensor space, so a `differentiable` reward passes
+    gradients to its samples; `no_grad` is the caller's business.
     """
 
     name: str

@@ -1,0 +1,181 @@
+"""The `mmalign` command.
+
+A command is a configuration dataclass and a pipeline's `run`. The pipeline, and with it torch, is
+imported only after the options have been read and checked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from mmalign.types import InputError
+
+Words = tuple[str, ...]
+
+
+class Command(NamedTuple):
+    """What a command runs: a class of `mmalign.config`, and `module:function` of a pipeline."""
+
+    config: str
+    target: str
+    summary: str
+
+
+COMMANDS: dict[Words, Command] = {
+    ("quickstart", "image"): Command(
+        "QuickstartImageConfig",
+        "mmalign.pipelines.quickstart_image:run",
+        "align the embedded model end to end, on CPU, in minutes",
+    ),
+    ("train", "diffusion-dpo"): Command(
+        "DiffusionDpoConfig", "mmalign.pipelines.diffusion_dpo:run", "Diffusion-DPO on pairs"
+    ),
+    ("train", "consistency-dpo"): Command(
+        "ConsistencyDpoConfig",
+        "mmalign.pipelines.consistency_dpo:run",
+        "Consistency DPO on a latent consistency model",
+    ),
+    ("train", "curriculum-dpo"): Command(
+        "CurriculumDpoConfig",
+        "mmalign.pipelines.curriculum_dpo:run",
+        "Diffusion-DPO on pairs ordered from easy to hard",
+    ),
+    ("train", "mapo"): Command(
+        "MapoConfig", "mmalign.pipelines.mapo:run", "MaPO: no reference model"
+    ),
+    ("train", "diffusion-kto"): Command(
+        "DiffusionKtoConfig", "mmalign.pipelines.diffusion_kto:run", "Diffusion-KTO"
+    ),
+    ("pairs", "build"): Command(
+        "PairsBuildConfig",
+        "mmalign.pipelines.pairs_build:run",
+        "candidates, scores, then preference pairs",
+    ),
+    ("pairs", "validate"): Command(
+        "PairsCheckConfig", "mmalign.pipelines.pairs_validate:run", "list every bad row"
+    ),
+    ("pairs", "stats"): Command(
+        "PairsCheckConfig", "mmalign.pipelines.pairs_stats:run", "counts, ties, histogram of gaps"
+    ),
+    ("score",): Command("ScoreConfig", "mmalign.pipelines.score:run", "score a folder of images"),
+    ("generate",): Command("GenerateConfig", "mmalign.pipelines.generate:run", "sample images"),
+    ("evaluate", "image"): Command(
+        "EvaluateImageConfig",
+        "mmalign.pipelines.evaluate_image:run",
+        "compare a model with its base, with a report",
+    ),
+    ("export",): Command(
+        "ExportConfig", "mmalign.pipelines.export:run", "adapter to kohya format or merged model"
+    ),
+    ("env",): Command("EnvConfig", "mmalign.pipelines.env:run", "versions, for bug reports"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: what follows `mmalign`; the process's own arguments when omitted.
+
+    Returns:
+        0, or 2 after wrong input (one line on stderr), or 130 after an interrupt. Anything else is
+        a bug and leaves as the exception it is.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_overview(()))
+        return 0
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"mmalign {version('mmalign')}\n")
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_BarHandler()])
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("mmalign").setLevel(logging.INFO)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        sys.stderr.write(f"error: {_one_line(str(error))}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    words = _command_words(arguments)
+    if words not in COMMANDS:  # a group: its help was asked for, or its second word is missing
+        if arguments[len(words) :]:
+            sys.stdout.write(_overview(words))
+            return 0
+        following = ", ".join(key[1] for key in COMMANDS if key[0] == words[0])
+        raise InputError(f"mmalign {words[0]}: say which: {following}")
+    command = COMMANDS[words]
+    from mmalign import config
+    from mmalign.options import parse_options
+    from mmalign.preflight import check_config
+
+    options = parse_options(
+        getattr(config, command.config), arguments[len(words) :], command=" ".join(words)
+    )
+    check_config(options)
+    module, _, function = command.target.partition(":")
+    run: Callable[[Any], object] = getattr(importlib.import_module(module), function)
+    run(options)
+    return 0
+
+
+def _command_words(arguments: list[str]) -> Words:
+    """Take the leading words that name a command or a group of commands.
+
+    Raises:
+        InputError: there is no such command.
+    """
+    words: Words = ()
+    while words not in COMMANDS:
+        rest = arguments[len(words) :]
+        if not rest or rest[0].startswith("-"):
+            break
+        word = rest[0]
+        valid = list(dict.fromkeys(k[len(words)] for k in COMMANDS if k[: len(words)] == words))
+        if word not in valid:
+            nearest = difflib.get_close_matches(word, valid, n=1, cutoff=0.0)[0]
+            group = " ".join(("mmalign", *words))
+            raise InputError(f"{group}: no command {word!r}; the nearest is {nearest!r}")
+        words = (*words, word)
+    if not words:
+        raise InputError(f"no command {arguments[0]!r}; see mmalign --help")
+    return words
+
+
+def _overview(group: Words) -> str:
+    lines = [
+        f"usage: {' '.join(('mmalign', *group))} COMMAND [--config FILE|NAME] [--option VALUE ...]",
+        "",
+    ]
+    for words, command in COMMANDS.items():
+        if words[: len(group)] == group:
+            lines.append(f"  {' '.join(words):24}{command.summary}")
+    lines += ["", "mmalign COMMAND --help lists a command's options.", ""]
+    return "\n".join(lines)
+
+
+def _one_line(message: str) -> str:
+    """Keep text from files and models from breaking the line or steering the terminal."""
+    return "".join(c if c.isprintable() else " " for c in message).strip()
+
+
+class _BarHandler(logging.Handler):
+    """Writes log lines above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + _one_line(self.format(record)), file=sys.stderr)

@@ -1,0 +1,166 @@
+"""Checks of a configuration that are quick and need no model, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmalign.config import GenerateConfig, OfflineConfig, PairsBuildConfig, TrainConfig, as_path
+from mmalign.types import InputError
+
+_INF = math.inf
+RANGES: Mapping[str, tuple[float, float]] = {
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, _INF),
+    "batch_size": (1, _INF),
+    "candidates_per_prompt": (2, _INF),
+    "caption_dropout": (0, 1),
+    "ema_decay": (0, 1),
+    "eta": (0, 1),
+    "gradient_accumulation_steps": (1, _INF),
+    "height": (8, _INF),
+    "images_per_prompt": (1, _INF),
+    "label_smoothing": (0, 0.5),
+    "learning_rate": (0, _INF),
+    "limit": (1, _INF),
+    "logging_steps": (1, _INF),
+    "max_grad_norm": (0, _INF),
+    "max_pixels": (1, _INF),
+    "max_steps": (1, _INF),
+    "min_gap": (0, _INF),
+    "num_buckets": (1, _INF),
+    "num_ddim_timesteps": (1, _INF),
+    "num_draws": (0, _INF),
+    "num_inference_steps": (1, _INF),
+    "num_prompts": (1, _INF),
+    "num_shards": (1, _INF),
+    "num_workers": (0, _INF),
+    "per_device_train_batch_size": (1, _INF),
+    "rank": (1, _INF),
+    "reference_decay": (0, 1),
+    "reference_update_steps": (1, _INF),
+    "resolution": (8, _INF),
+    "save_steps": (0, _INF),
+    "save_total_limit": (1, _INF),
+    "seed": (0, 2**63 - 1),
+    "shard": (0, _INF),
+    "stage_steps": (1, _INF),
+    "top_k": (2, _INF),
+    "warmup_steps": (0, _INF),
+    "weight_decay": (0, _INF),
+    "width": (8, _INF),
+}
+"""Inclusive bounds by the last part of an option's name."""
+INPUT_PATHS = {"path", "prompts", "images"}
+MODELS = {"model", "adapter", "base_adapter", "teacher"}
+OUTPUT_PATHS = {"output_dir", "output", "cache_dir"}
+PREVIEW_ROWS = 64
+"""Pairs looked at before training; the rest follows when the pipeline reads them all."""
+
+
+def check_config(config: object) -> None:
+    """Check values, paths and the state of the output folder.
+
+    Raises:
+        InputError: the first thing that is wrong, with the option's name.
+    """
+    for name, value in _options(config, ""):
+        leaf = name.rpartition(".")[2]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_number(name, value, *RANGES.get(leaf, (-_INF, _INF)))
+        elif isinstance(value, str) and leaf in INPUT_PATHS:
+            _check_input(name, value)
+        elif isinstance(value, str) and leaf in MODELS:
+            _check_model(name, value)
+        elif isinstance(value, str) and leaf in OUTPUT_PATHS:
+            _check_output(name, value)
+    shard, num_shards = getattr(config, "shard", 0), getattr(config, "num_shards", 1)
+    if shard >= num_shards:
+        raise InputError(f"shard: {shard} must be below num_shards, which is {num_shards}")
+    if isinstance(config, TrainConfig):
+        _check_resume(config)
+    _check_contents(config)
+
+
+def _options(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        items = value if isinstance(value, list) else [value]
+        for i, item in enumerate(items):
+            place = f"{name}[{i}]" if isinstance(value, list) else name
+            if dataclasses.is_dataclass(item):
+                yield from _options(item, f"{place}.")
+            else:
+                yield place, item
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if not math.isfinite(value):
+        raise InputError(f"{name}: must be a finite number, got {value}")
+    if not low <= value <= high:
+        bound = f"at least {low:g}" if high == _INF else f"between {low:g} and {high:g}"
+        raise InputError(f"{name}: must be {bound}, got {value:g}")
+
+
+def _check_input(name: str, value: str) -> None:
+    if not value:
+        raise InputError(f"{name}: is required")
+    pattern = any(character in value for character in "*?[{")  # shards
+    if not pattern and not as_path(value).exists():
+        raise InputError(f"{name}: no such file or folder: {value}")
+
+
+def _check_model(name: str, value: str) -> None:
+    """A local path must exist; `owner/name` may be a hub id, which only the loader can tell."""
+    local = value.startswith(("pkg://", ".", "~", os.sep)) or value.count("/") > 1
+    if local and not as_path(value).exists():
+        raise InputError(f"{name}: no such file or folder: {value}")
+
+
+def _check_output(name: str, value: str) -> None:
+    path = as_path(value).absolute()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    inside = name.rpartition(".")[2] != "output"  # `output` may be a file that is replaced
+    if not existing.is_dir() and (inside or existing != path):
+        raise InputError(f"{name}: {existing} is a file, so {value} cannot be created")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{name}: {existing} is not writable, so {value} cannot be created")
+
+
+def _check_resume(config: TrainConfig) -> None:
+    wanted = config.resume_from_checkpoint
+    if wanted is not None and wanted != "latest" and not as_path(wanted).is_dir():
+        raise InputError(f"resume_from_checkpoint: no such folder: {wanted}")
+    folder = Path(config.output_dir) / "checkpoints"
+    if wanted is None and any(folder.glob("checkpoint-*")):
+        raise InputError(
+            f"output_dir: {folder} holds checkpoints of an earlier run; continue it with"
+            " --resume_from_checkpoint latest, or choose another --output_dir"
+        )
+
+
+def _check_contents(config: object) -> None:
+    """Read prompts and the first pairs: most bad files are bad from the start."""
+    evaluation = getattr(config, "evaluation", None)
+    _check_prompts(getattr(evaluation, "prompts", None))
+    if isinstance(config, GenerateConfig) or (
+        isinstance(config, PairsBuildConfig) and config.images is None
+    ):
+        _check_prompts(config.prompts)
+    if isinstance(config, OfflineConfig) and config.pairs.on_bad_row == "stop":
+        from mmalign.data.readers import read_pairs
+
+        limit = min(config.pairs.limit or PREVIEW_ROWS, PREVIEW_ROWS)
+        read_pairs(dataclasses.replace(config.pairs, limit=limit))
+
+
+def _check_prompts(path: str | None) -> None:
+    if path is not None:
+        from mmalign.data.prompts import read_prompts
+
+        read_prompts(path)
