@@ -1,0 +1,1 @@
+"""How the models of Shapes world are trained; only `pipelines/build_shapes.py` needs it."""

@@ -1,0 +1,60 @@
+"""The model card of Shapes world's models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+CARD = """# Shapes world models
+
+Small models in the real formats, trained from nothing by `pipelines/build_shapes.py` on scenes that
+`mmalign.shapes` draws itself. No outside data or weights went in. Licence: Apache-2.0, as the code.
+
+| folder | what | loads with |
+|---|---|---|
+| `sd` | text-to-image generator, 64 x 64 | `StableDiffusionPipeline.from_pretrained` |
+| `lcm` | latent consistency student of `sd` | `LatentConsistencyModelPipeline.from_pretrained` |
+| `clip` | image-text similarity, the training reward | `open_clip`, model name `local-dir:FOLDER` |
+
+Weights are float16, {size:.1f} MB in all. Seed {seed}. `SHA256SUMS` has the hash of every file.
+
+## Measured
+
+{rows}
+
+"Correct" means that the exact parser finds every claim of the prompt true and the picture clean;
+"held out" prompts describe compositions of objects that no training has seen; "stress" prompts
+have four objects. The generator ran with {generator}, the student with {student}.
+
+## Limits
+
+They draw flat shapes and read a small grammar. Their use is to show and test alignment methods
+where the truth is known; they say nothing about photographs.
+"""
+
+
+def write_card(
+    models: Path,
+    quality: dict[str, Any],
+    seed: int,
+    *,
+    generator: dict[str, Any],
+    student: dict[str, Any],
+) -> None:
+    """Write `README.md` beside the models."""
+    size = sum(f.stat().st_size for f in models.rglob("*.safetensors")) / 1e6
+    rows = ["| what | measure | value |", "|---|---|---|"]
+    for what, measures in quality.items():
+        rows += [f"| {what} | {name} | {value:.4g} |" for name, value in measures.items()]
+    text = CARD.format(
+        size=size,
+        seed=seed,
+        rows="\n".join(rows),
+        generator=_describe(generator),
+        student=_describe(student),
+    )
+    (models / "README.md").write_text(text)
+
+
+def _describe(sampling: dict[str, Any]) -> str:
+    return f"{sampling['num_inference_steps']} steps at guidance {sampling['guidance_scale']:g}"

@@ -1,0 +1,95 @@
+"""The build of Shapes world's models, each stage for a few steps."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from mmalign.pipelines.build_shapes import save_pipeline, write_hashes, write_prompts
+from mmalign.shapes.build import text_to_image
+from mmalign.shapes.build.autoencoder import build_autoencoder
+from mmalign.shapes.build.consistency import build_student
+from mmalign.shapes.build.loop import train
+from mmalign.shapes.build.measure import prompt_following
+from mmalign.shapes.build.reward import build_reward, save_reward, spoil
+from mmalign.shapes.build.text_to_image import build_generator
+from mmalign.shapes.build.tokenizer import CONTEXT, build_tokenizer
+from mmalign.shapes.captions import describe
+from mmalign.shapes.scene import sample_scene
+
+
+def test_every_caption_word_is_one_token() -> None:
+    tokenizer = build_tokenizer(0, captions=3000)
+    rng = random.Random(0)
+    for _ in range(100):
+        text = describe(sample_scene(rng), rng).text
+        words = text.replace(",", " ,").split()
+        assert tokenizer.tokenize(text) == [f"{word}</w>" for word in words]
+        assert len(tokenizer(text).input_ids) <= CONTEXT
+    assert tokenizer.unk_token_id not in tokenizer("zyx qfw").input_ids[1:-1]
+
+
+def test_interrupted_training_continues_exactly(tmp_path: Path) -> None:
+    def run(file: Path, stops: list[int]) -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+
+        def loss_at(step: int) -> Tensor:
+            if stops and step == stops[0]:
+                stops.pop()
+                raise KeyboardInterrupt
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            return (module(x) - x.sum(1, keepdim=True)).square().mean()
+
+        train("toy", module, loss_at, steps=600, learning_rate=1e-2, state_file=file, ema_decay=0.9)
+        return module
+
+    whole = run(tmp_path / "whole.pt", [])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts.pt", [400])
+    resumed = run(tmp_path / "parts.pt", [])
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_spoilt_captions_differ_in_a_claim() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        scene = sample_scene(rng)
+        truth = describe(scene, rng)
+        assert spoil(truth, rng).text != truth.text
+
+
+def test_built_models_load_by_plain_upstream_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_to_image, "SCENES", 64)
+    work, output = tmp_path / "work", tmp_path / "models"
+    tokenizer = build_tokenizer(0, captions=500)
+    vae = build_autoencoder(work, 0, steps=2)
+    generator = build_generator(vae, tokenizer, work, 0, steps=2)
+    save_pipeline(generator, output / "sd")
+    save_pipeline(build_student(generator, work, 0, steps=2), output / "lcm")
+    save_reward(build_reward(tokenizer, work, 0, steps=2), tokenizer, output / "clip")
+    write_prompts(tmp_path / "prompts")
+    write_hashes(output)
+
+    loaded = StableDiffusionPipeline.from_pretrained(output / "sd")
+    assert loaded.text_encoder.dtype == loaded.unet.dtype == torch.float32
+    student = LatentConsistencyModelPipeline.from_pretrained(output / "lcm")
+    prompts = (tmp_path / "prompts" / "held_out.txt").read_text().splitlines()
+    for pipeline in (loaded, student):
+        quality = prompt_following(
+            pipeline, prompts[:2], seed=0, num_inference_steps=2, guidance_scale=3.0
+        )
+        assert quality["correct"] == 0  # two training steps draw no scene
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{output / 'clip'}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{output / 'clip'}")(prompts[:2])
+    assert model.encode_text(tokens).shape == (2, 64)
+    assert callable(preprocess)
+    assert "sd/unet/diffusion_pytorch_model.safetensors" in (output / "SHA256SUMS").read_text()
