@@ -1,0 +1,399 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): attach, save, load, export.
+
+An update of rank r adds (alpha / r) B A x to a layer, with A (r, in) and B (out, r); the B of a
+convolution is 1 x 1. Files hold PEFT's own keys and the settings they need, so that plain
+`pipeline.load_lora_weights(folder)` computes exactly what was trained. diffusers' older key style
+loses convolutions, and files without settings lose alpha.
+
+A file that somebody else made is hostile: of its settings only numbers that say how to scale the
+update are used, and pickles are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import diffusers
+import peft
+import torch
+from accelerate.utils import extract_model_from_parallel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, fuse_text_encoder_lora
+from diffusers.utils import convert_state_dict_to_kohya
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmalign.config import LoraConfig, as_path
+from mmalign.randomness import keyed_generator
+from mmalign.types import InputError
+
+ADAPTER_NAME = "default"
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_NUMBERS = ("r", "lora_alpha")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias")
+_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+class MergeableAdapter(Protocol):
+    """What `export_merged` needs of an adapter: its pipeline, and a fresh one around a denoiser."""
+
+    denoiser: nn.Module
+
+    @property
+    def pipeline(self) -> DiffusionPipeline: ...  # noqa: D102
+
+    def complete_pipeline(self, unet: nn.Module) -> DiffusionPipeline: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as read from a file: tensors by key, and the accepted settings by `component.name`."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+
+def attach_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Freeze `denoiser` and add a trainable LoRA that changes nothing yet.
+
+    A is drawn from a normal distribution of standard deviation 1 / rank, keyed by (seed, layer),
+    and B is 0. The LoRA is float32 whatever the dtype of the denoiser.
+
+    Raises:
+        InputError: rank, alpha or targets are unusable.
+    """
+    if config.rank < 1 or (config.alpha is not None and config.alpha <= 0):
+        raise InputError(
+            f"lora: rank and alpha must be positive, got {config.rank}, {config.alpha}"
+        )
+    _check_targets(denoiser, config.targets)
+    denoiser.requires_grad_(False)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=cast(int, config.rank if config.alpha is None else config.alpha),
+        target_modules=list(config.targets),
+        init_lora_weights="gaussian",
+    )
+    try:
+        cast(Any, denoiser).add_adapter(settings, adapter_name=ADAPTER_NAME)
+    except ValueError as error:
+        raise InputError(f"lora.targets: {str(error).splitlines()[0]}") from error
+    for name, layer in _lora_layers(denoiser):
+        down, up = layer.lora_A[ADAPTER_NAME].float(), layer.lora_B[ADAPTER_NAME].float()
+        draw = torch.randn(down.weight.shape, generator=keyed_generator(seed, name, "lora"))
+        with torch.no_grad():
+            down.weight.copy_(draw / config.rank)
+            up.weight.zero_()
+
+
+def save_lora(denoiser: nn.Module, folder: Path | str) -> Path:
+    """Write the LoRA of `denoiser` to `folder/pytorch_lora_weights.safetensors`, atomically.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    unet: Any = extract_model_from_parallel(denoiser)
+    settings = unet.peft_config[ADAPTER_NAME].to_dict()
+    kept = {name: settings[name] for name in (*_NUMBERS, *_PATTERNS, *_SWITCHES)}
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME).items()
+    }
+    path = Path(folder) / WEIGHTS_NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lora-") as scratch:
+            StableDiffusionPipeline.save_lora_weights(
+                scratch,
+                unet_lora_layers=tensors,
+                unet_lora_adapter_metadata={**kept, "target_modules": _module_names(tensors)},
+            )
+            os.replace(Path(scratch) / WEIGHTS_NAME, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written: {error}") from error
+    return path
+
+
+def load_lora(pipeline: DiffusionPipeline, path: Path | str, *, scale: float = 1.0) -> None:
+    """Load a LoRA of the denoiser (and text encoders) into `pipeline`, frozen, and scale it.
+
+    Files of PEFT, diffusers and kohya are accepted; `pipeline` must have no LoRA yet.
+
+    Args:
+        pipeline: a Stable Diffusion, SDXL or latent consistency pipeline.
+        path: file, or folder with one .safetensors file.
+        scale: multiplier of the update.
+
+    Raises:
+        InputError: there is no such file, it is a pickle or damaged, or was made for another model.
+    """
+    file = read_lora(path)
+    loader = cast(Any, pipeline)
+    is_xl = hasattr(pipeline, "text_encoder_2")
+    try:
+        with _silent_diffusers():
+            tensors, alphas = loader.lora_state_dict(
+                dict(file.tensors), **({"unet_config": loader.unet.config} if is_xl else {})
+            )
+            _inject(loader, file, tensors, alphas)
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise InputError(f"{file.path}: does not fit the model: {_first_line(error)}") from error
+    loader.set_adapters([ADAPTER_NAME], [scale])
+    for component in _COMPONENTS:
+        if getattr(loader, component, None) is not None:
+            getattr(loader, component).requires_grad_(False)
+
+
+def read_lora(path: Path | str) -> LoraFile:
+    """Read a LoRA file.
+
+    Raises:
+        InputError: there is no such file, it is a pickle, or damaged.
+    """
+    file = _find_file(as_path(path))
+    try:
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            metadata = content.metadata() or {}
+        settings = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read: {_first_line(error)}") from error
+    if not tensors or not all("lora" in name for name in tensors):
+        raise InputError(f"{file}: is not a LoRA")
+    return LoraFile(file, tensors, _accepted(file, settings))
+
+
+def fold_lora(unet: nn.Module) -> None:
+    """Add the LoRA of `unet` to its weights and remove it."""
+    model = cast(Any, unet)
+    model.fuse_lora(adapter_names=[ADAPTER_NAME])
+    model.unload_lora()
+
+
+def export_kohya(adapter: Path | str, file: Path | str) -> Path:
+    """Write a LoRA in the format of kohya's scripts, which A1111 and ComfyUI read.
+
+    Every layer gets its alpha, with which readers multiply by alpha / rank.
+
+    Args:
+        adapter: folder or file of a LoRA with PEFT's keys, as `save_lora` writes them.
+        file: `.safetensors` file to write.
+
+    Raises:
+        InputError: the LoRA cannot be read, has other keys, or `file` cannot be written.
+    """
+    lora = read_lora(adapter)
+    if not all(".lora_A." in name or ".lora_B." in name for name in lora.tensors):
+        raise InputError(f"{lora.path}: has other keys than PEFT's; only such files are exported")
+    converted: dict[str, Tensor] = convert_state_dict_to_kohya(dict(lora.tensors))
+    for name, tensor in lora.tensors.items():
+        if ".lora_A." in name:
+            module = name.split(".lora_A.")[0]
+            component, _, inside = module.partition(".")
+            # diffusers' converter writes the rank as alpha, which doubles or halves a LoRA.
+            key = f"{_KOHYA_PREFIX[component]}_{inside.replace('.', '_')}.alpha"
+            converted[key] = torch.tensor(_kohya_alpha(lora, component, inside, len(tensor)))
+    target = Path(file)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(converted, target, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{target}: cannot be written: {error}") from error
+    return target
+
+
+def export_merged(adapter: MergeableAdapter, folder: Path | str) -> None:
+    """Write a complete checkpoint in diffusers' format with the LoRA folded into the weights.
+
+    Weights are folded in float32 and written in the dtype of the loaded model.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    unet = _merged(extract_model_from_parallel(adapter.denoiser))
+    pipeline: Any = adapter.complete_pipeline(unet)
+    current: Any = adapter.pipeline
+    for name in _COMPONENTS[1:]:
+        if getattr(getattr(current, name, None), "peft_config", None):
+            setattr(pipeline, name, _merged(getattr(current, name)))
+    try:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be written: {error}") from error
+
+
+_KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """Copy a model with its LoRA folded in, on CPU."""
+    dtype = next(model.parameters()).dtype
+    merged = copy.deepcopy(model).cpu().float()
+    fuse_text_encoder_lora(merged, adapter_names=[ADAPTER_NAME])
+    recurse_remove_peft_layers(merged)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if hasattr(merged, attribute):
+            delattr(merged, attribute)
+    return merged.to(dtype)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and ADAPTER_NAME in cast(Any, module).lora_A:
+            yield name, module
+
+
+def _module_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted({name.split(".lora_")[0] for name in tensors})
+
+
+def _check_targets(denoiser: nn.Module, targets: list[str]) -> None:
+    usable = [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    endings = dict.fromkeys(map(_ending, usable))
+    for target in targets or ["(none given)"]:
+        if not any(name == target or name.endswith(f".{target}") for name in usable):
+            raise InputError(
+                f"lora.targets: {target!r} matches no layer; for example: {', '.join(endings)}"
+            )
+
+
+def _ending(name: str) -> str:
+    """Shorten a module name to what one would write as a target: `to_q`, `to_out.0`."""
+    parts = name.split(".")
+    keep = 2 if parts[-1].isdigit() and len(parts) > 1 else 1
+    return ".".join(parts[-keep:])
+
+
+def _find_file(path: Path) -> Path:
+    if path.is_dir():
+        if (path / WEIGHTS_NAME).is_file():
+            return path / WEIGHTS_NAME
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) == 1:
+            return found[0]
+        if len(found) > 1:
+            raise InputError(f"{path}: has {len(found)} .safetensors files; name the one to load")
+        if any(file.suffix in _PICKLES for file in path.iterdir()):
+            raise InputError(f"{path}: has only pickled weights, which are never loaded")
+        raise InputError(f"{path}: has no {WEIGHTS_NAME}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such adapter")
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: is not a .safetensors file; pickled weights are never loaded")
+    return path
+
+
+def _accepted(file: Path, settings: object) -> dict[str, Any]:
+    """Keep the settings that scale an update, by `component.name`."""
+    if not isinstance(settings, dict):
+        raise InputError(f"{file}: its adapter metadata is not a JSON object")
+    accepted: dict[str, Any] = {}
+    for key, value in settings.items():
+        _, _, name = key.partition(".")
+        if (
+            (name in _NUMBERS and _is_number(value))
+            or (name in _SWITCHES and isinstance(value, bool))
+            or (
+                name in _PATTERNS
+                and isinstance(value, dict)
+                and all(map(_is_number, value.values()))
+            )
+        ):
+            accepted[key] = value
+        elif name in (*_NUMBERS, *_SWITCHES, *_PATTERNS):
+            raise InputError(f"{file}: adapter metadata {key} is {value!r}")
+    return accepted
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _inject(loader: Any, file: LoraFile, tensors: dict[str, Tensor], alphas: Any) -> None:
+    """Put tensors into the components they are named after, and check that all of them fit."""
+    expected = 0
+    for component in _COMPONENTS:
+        own = {name: value for name, value in tensors.items() if name.startswith(f"{component}.")}
+        model = getattr(loader, component, None)
+        if not own:
+            continue
+        expected += len(own)
+        if model is None:
+            raise InputError(f"{file.path}: has weights of {component}, which the model lacks")
+        settings = {k: v for k, v in file.settings.items() if k.startswith(f"{component}.")}
+        if settings:
+            inside = {name.removeprefix(f"{component}."): value for name, value in own.items()}
+            settings[f"{component}.target_modules"] = _module_names(inside)
+        options: dict[str, Any] = {
+            "network_alphas": alphas,
+            "adapter_name": ADAPTER_NAME,
+            "metadata": settings or None,
+            "low_cpu_mem_usage": True,
+            "_pipeline": loader,
+        }
+        if component == "unet":
+            loader.load_lora_into_unet(own, unet=model, **options)
+        else:
+            loader.load_lora_into_text_encoder(own, text_encoder=model, prefix=component, **options)
+        _check_loaded(file, component, model, own)
+    if expected != len(tensors) or not expected:
+        raise InputError(f"{file.path}: has weights of parts that a LoRA here cannot change")
+
+
+def _check_loaded(file: LoraFile, component: str, model: nn.Module, own: dict[str, Tensor]) -> None:
+    """Compare the layers that got a LoRA with those of the file; diffusers only warns."""
+    wanted = sum(1 for name in own if ".lora_A." in name or "down." in name)
+    layers = [layer for _, layer in _lora_layers(model)]
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    if len(layers) != wanted or empty:
+        raise InputError(
+            f"{file.path}: was made for another model: {len(layers)} of its {wanted} layers fit"
+            f" {component}"
+        )
+
+
+@contextmanager
+def _silent_diffusers() -> Iterator[None]:
+    """Keep diffusers from logging at length what becomes one error message here."""
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
+
+
+def _kohya_alpha(lora: LoraFile, component: str, module: str, rank: int) -> float:
+    """Return the alpha with which alpha / rank is the scale of PEFT."""
+    settings = lora.settings
+    pattern: dict[str, float] = settings.get(f"{component}.alpha_pattern", {})
+    default = float(settings.get(f"{component}.lora_alpha", rank))
+    alpha = float(pattern.get(get_pattern_key(list(pattern), module), default))
+    return alpha * math.sqrt(rank) if settings.get(f"{component}.use_rslora") else alpha
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

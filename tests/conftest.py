@@ -1,0 +1,161 @@
+"""Tiny random checkpoints in diffusers' real folder format."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+WIDTH = 16
+CONTEXT = 12
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>"]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(
+        vocab=vocab, merges=[("r", "e"), ("re", "d</w>")], model_max_length=CONTEXT
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, *, projected: bool = False) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.2,
+    )
+
+
+def make_unet(**options: Any) -> UNet2DConditionModel:
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**settings, **options})
+
+
+def save_sd(folder: Path, **schedule: Any) -> Path:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    StableDiffusionPipeline(
+        vae=make_vae(),
+        text_encoder=make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=make_unet(),
+        scheduler=DDIMScheduler(**{**SCHEDULE, **schedule}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd(tmp_path_factory.mktemp("models") / "sd_v", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "lcm"
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer()
+    LatentConsistencyModelPipeline(
+        vae=make_vae(),
+        text_encoder=make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=make_unet(time_cond_proj_dim=32),
+        scheduler=LCMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "sdxl"
+    torch.manual_seed(2)
+    tokenizer = make_tokenizer()
+    time_width = 8
+    StableDiffusionXLPipeline(
+        vae=make_vae(),
+        text_encoder=make_text_encoder(tokenizer),
+        text_encoder_2=make_text_encoder(tokenizer, projected=True),
+        tokenizer=tokenizer,
+        tokenizer_2=make_tokenizer(),
+        unet=make_unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=2 * WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=time_width,
+            projection_class_embeddings_input_dim=WIDTH + 6 * time_width,
+        ),
+        scheduler=DDIMScheduler(**SCHEDULE),
+        force_zeros_for_empty_prompt=True,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
