@@ -1,0 +1,1 @@
+"""Shapes world: a small, complete world in which every picture can be checked exactly."""

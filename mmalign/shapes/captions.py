@@ -10,6 +10,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mmalign.shapes.scene import BACKGROUNDS, CANVAS, COLORS, SHAPES, SIZES, Scene, SceneObject
@@ -160,7 +161,7 @@ def _enumerate(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _cut(text: str, pattern: str, allowed: dict[str, tuple[int, ...]]) -> tuple[str, str | None]:
+def _cut(text: str, pattern: str, allowed: Collection[str]) -> tuple[str, str | None]:
     match = re.search(pattern, text)
     if match is None or match[1] not in allowed:
         return text, None

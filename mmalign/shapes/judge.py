@@ -15,8 +15,8 @@ from mmalign.types import InputError, Modality
 class ShapesJudge:
     """Share of a prompt's claims that the parser finds true in a picture.
 
-    The claims are those of `Description.claims` and one more, `clean`: everything in the picture is a
-    readable object. A picture is `correct` when all of them hold.
+    The claims are those of `Description.claims` and one more, `clean`: everything in the picture
+    is a readable object. A picture is `correct` when all of them hold.
     """
 
     name = "shapes_judge"

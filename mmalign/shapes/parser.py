@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 COLOR_TOLERANCE = 70.0  # RGB distance of a core pixel to its palette color
 MIN_AREA = 12  # core pixels of a region that counts as something
 MIN_OVERLAP = 0.72  # intersection over union with the best outline
-MAX_STRAY = 40  # pixels that are neither background nor part of an object before a picture is unclean
+MAX_STRAY = 40  # pixels of neither background nor object that a clean picture may have
 _EDGE_SHARE = 0.7
 _TEMPLATE = 24
 _TEMPLATE_RADIUS = 20.0
@@ -66,9 +66,7 @@ def parse_image(image: Image.Image | NDArray[np.uint8]) -> ParsedImage:
     return ParsedImage(Scene(objects=tuple(objects), background=background), valid)
 
 
-def _regions(
-    nearest: NDArray[np.intp], distance: Array
-) -> list[tuple[NDArray[np.bool_], str]]:
+def _regions(nearest: NDArray[np.intp], distance: Array) -> list[tuple[NDArray[np.bool_], str]]:
     """Cut out the connected regions of every color, largest first."""
     regions = []
     for index, color in enumerate(COLORS):
@@ -153,9 +151,7 @@ def _silhouettes() -> dict[str, Array]:
 
 @cache
 def _templates() -> dict[str, Array]:
-    return {
-        shape: _resize(coverage[_box(coverage)]) for shape, coverage in _silhouettes().items()
-    }
+    return {shape: _resize(coverage[_box(coverage)]) for shape, coverage in _silhouettes().items()}
 
 
 @cache

@@ -21,7 +21,10 @@ def render(scene: Scene) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for item in scene.objects:
         points = [
-            ((item.x + item.radius * dx) * _OVERSAMPLING, (item.y + item.radius * dy) * _OVERSAMPLING)
+            (
+                (item.x + item.radius * dx) * _OVERSAMPLING,
+                (item.y + item.radius * dy) * _OVERSAMPLING,
+            )
             for dx, dy in OUTLINES[item.shape]
         ]
         draw.polygon(points, fill=COLORS[item.color])

@@ -1,7 +1,7 @@
 """Scenes: what can stand in a picture of Shapes world, and how one is drawn at random.
 
-A scene is one to four flat objects on a plain background. Every attribute is known exactly, which is
-what makes the world useful: a picture can be checked against a prompt without any learned judge.
+A scene is one to four flat objects on a plain background. Every attribute is known exactly, which
+is what makes the world useful: a picture can be checked against a prompt without any learned judge.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _GAP = 3.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneObject:
-    """One object: `x`, `y` is its centre and `radius` its extent, in pixels of the 64 x 64 canvas."""
+    """One object: `x`, `y` is its centre and `radius` its extent, in pixels of the canvas."""
 
     shape: str
     color: str
@@ -63,8 +63,8 @@ class Scene:
     def composition(self) -> str:
         """What the scene is made of, whatever the places: the unit of the train / held-out split.
 
-        Two or more objects are told apart by their (color, shape) multiset; a single object, of which
-        there are only thirty, also by its size and background.
+        Two or more objects are told apart by their (color, shape) multiset; a single object, of
+        which there are only thirty, also by its size and background.
         """
         parts = sorted(f"{item.color} {item.shape}" for item in self.objects)
         if len(self.objects) == 1:
