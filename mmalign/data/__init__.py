@@ -1,0 +1,1 @@
+"""Preference pairs: from any format on disk to batches for a denoiser."""
