@@ -1,0 +1,48 @@
+"""Every packaged configuration parses for its command, and names what exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmalign import config as options
+from mmalign.config import as_path
+from mmalign.options import packaged_configs, parse_options
+
+CLASSES = {
+    "curriculum_dpo": options.CurriculumDpoConfig,
+    "diffusion_dpo": options.DiffusionDpoConfig,
+    "diffusion_dpo_full": options.DiffusionDpoConfig,
+    "consistency_dpo": options.ConsistencyDpoConfig,
+    "diffusion_kto": options.DiffusionKtoConfig,
+    "mapo": options.MapoConfig,
+    "pairs": options.PairsBuildConfig,
+    "lcm_pairs": options.PairsBuildConfig,
+}
+
+
+@pytest.mark.parametrize("name", packaged_configs())
+def test_configuration_parses(name: str) -> None:
+    family, _, rest = name.partition("_")
+    assert family in ("shapes", "sd15", "sdxl", "lcm")
+    config = parse_options(CLASSES[rest], ["--config", name], command="x")
+    # Real checkpoints are hub ids; Shapes world's are folders inside the package.
+    assert config.model.startswith("pkg://") == (family == "shapes")
+
+
+@pytest.mark.parametrize("name", packaged_configs())
+def test_configuration_says_where_its_values_come_from(name: str) -> None:
+    text = (as_path("pkg://mmalign.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+
+
+def test_evaluation_uses_a_judge_that_does_not_train() -> None:
+    for method in ("curriculum_dpo", "diffusion_dpo", "consistency_dpo"):
+        config = parse_options(CLASSES[method], ["--config", f"shapes_{method}"], command="x")
+        pairs = "shapes_lcm_pairs" if method == "consistency_dpo" else "shapes_pairs"
+        build = parse_options(options.PairsBuildConfig, ["--config", pairs], command="x")
+        assert config.evaluation.judge is not None
+        assert config.evaluation.judge.name not in {reward.name for reward in build.rewards}
+        assert Path(config.evaluation.prompts or "").name == "held_out.txt"
+        assert Path(build.prompts).name == "train.txt"
