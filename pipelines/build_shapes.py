@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 from tqdm.auto import tqdm
 
+from mmalign.options import parse_options
 from mmalign.shapes.build.autoencoder import build_autoencoder
 from mmalign.shapes.build.card import write_card
 from mmalign.shapes.build.consistency import build_student
@@ -112,6 +114,4 @@ def write_hashes(models: Path) -> None:
 
 
 if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    auto_cli(run, as_positional=False)
+    run(parse_options(BuildShapesConfig, sys.argv[1:], command="build-shapes"))

@@ -24,7 +24,7 @@ from mmalign.objectives.consistency_dpo import (
 from mmalign.shapes.build.loop import train
 from mmalign.shapes.build.text_to_image import LatentScenes, embed, new_unet
 
-STEPS = 1500
+STEPS = 600
 BATCH = 32
 GUIDANCE = (2.0, 8.0)
 EMBEDDING = 128
@@ -42,7 +42,7 @@ def build_student(
     data = LatentScenes(teacher.vae, seed, work)
     alphas: Tensor = teacher.scheduler.alphas_cumprod
     grid = ddim_grid(alphas)
-    schedule: dict[str, Any] = {"alphas_cumprod": alphas, "prediction_type": "v_prediction"}
+    schedule: dict[str, Any] = {"alphas_cumprod": alphas, "prediction_type": "epsilon"}
     tokenizer, encoder = teacher.tokenizer, teacher.text_encoder
     with torch.no_grad():
         empty = embed(tokenizer, encoder, [""]).expand(BATCH, -1, -1)

@@ -23,6 +23,7 @@ BATCH = 32
 SCENES = 40_000
 WIDTH = 64
 CAPTION_DROPOUT = 0.1
+MIN_SNR_GAMMA = 5.0
 
 
 class LatentScenes:
@@ -90,11 +91,7 @@ def new_unet(guidance_embedding: int | None = None) -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Make a DDIM scheduler as of Stable Diffusion 2: v-prediction, here with zero terminal SNR.
-
-    Without it the noise of the first step still tells the background, and the model learns to read
-    it there rather than in the prompt.
-    """
+    """Make the DDIM scheduler of Stable Diffusion 1.5."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -102,9 +99,6 @@ def new_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
     )
 
 
@@ -120,10 +114,12 @@ def embed(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, captions: list[str])
 def build_generator(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, seed: int, steps: int = STEPS
 ) -> StableDiffusionPipeline:
-    """Train UNet and text encoder together on velocity prediction."""
+    """Train UNet and text encoder together on noise prediction with min-SNR weights."""
     torch.manual_seed(seed)
     encoder, unet, scheduler = new_text_encoder(tokenizer), new_unet(), new_scheduler()
     data = LatentScenes(vae, seed, work)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
 
     def loss_at(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -132,7 +128,8 @@ def build_generator(
         timesteps = torch.randint(0, len(scheduler), (BATCH,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = unet(noisy, timesteps, embed(tokenizer, encoder, captions)).sample
-        return F.mse_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
+        error = F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
+        return (error * weights[timesteps]).mean()
 
     train(
         "generator",
