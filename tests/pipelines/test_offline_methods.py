@@ -165,8 +165,8 @@ def test_curriculum_logs_its_stage(tiny_sd: Path, pairs: Path, tmp_path: Path) -
 def test_cheaper_ways_train_the_same(
     change: dict[str, Any], tiny_sd: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    # Adam's first steps have the size of the learning rate whatever the gradient, and beta multiplies
-    # the errors: large values of either would blow up differences in the last bits.
+    # Adam's first steps have the size of the learning rate whatever the gradient, and beta
+    # multiplies the errors: large values of either would blow up differences in the last bits.
     common = {"beta": 50.0, "learning_rate": 1e-4}
     plain = train("diffusion-dpo", tiny_sd, pairs, tmp_path / "plain", **common)
     other = train("diffusion-dpo", tiny_sd, pairs, tmp_path / "other", **common, **change)
