@@ -129,7 +129,8 @@ def build_generator(
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = unet(noisy, timesteps, embed(tokenizer, encoder, captions)).sample
         error = F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
-        return (error * weights[timesteps]).mean()
+        loss: Tensor = (error * weights[timesteps]).mean()
+        return loss
 
     train(
         "generator",
