@@ -24,6 +24,10 @@ from transformers import (
     CLIPTokenizer,
 )
 
+# Some tests fork, and a child of a process whose OpenMP threads have started hangs in its first
+# parallel operation. One thread is also the fastest for models this small.
+torch.set_num_threads(1)
+
 WIDTH = 16
 CONTEXT = 12
 SCHEDULE = {
