@@ -9,22 +9,12 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from mmalign import report
+
 if TYPE_CHECKING:
     from mmalign.config import EnvConfig
 
-PACKAGES = (
-    "mmalign",
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "open-clip-torch",
-    "safetensors",
-    "pillow",
-    "numpy",
-)
+PACKAGES = (*report.PACKAGES, "safetensors", "numpy")
 
 
 def run(config: EnvConfig) -> None:
