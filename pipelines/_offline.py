@@ -26,6 +26,7 @@ from mmalign.config import OfflineConfig, dump_config
 from mmalign.data.batch import PairBatch, PairCollator, StepDataset
 from mmalign.data.cache import CachedPairs, LivePairs, precompute
 from mmalign.data.curriculum import CurriculumSampler, curriculum_stages
+from mmalign.data.files import write_bytes
 from mmalign.data.order import BatchPlan, StepSampler
 from mmalign.data.readers import PairTable, read_pairs
 from mmalign.lora import attach_lora, save_lora
@@ -116,8 +117,8 @@ def train_offline(
             f"{config.model} is of family {adapter.family}; {method} trains "
             f"{' and '.join(families)}"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    resolved = dump_config(config)
+    write_bytes(output / "config.yaml", resolved.encode())
     before = sample_side(adapter, config.evaluation, config.sampling, "sample base")
     pairs = _encode(config, table, adapter, output)
     run = prepare(config, adapter, accelerator)
@@ -144,7 +145,7 @@ def train_offline(
         steps=result.step,
         wall_seconds=time.monotonic() - started,
         device=str(accelerator.device),
-        config=dump_config(config),
+        config=resolved,
         warnings=result.warnings,
     )
     summary = write_results(output, subject, evaluation)
