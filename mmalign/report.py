@@ -173,8 +173,13 @@ def write_summary(folder: Path, summary: RunSummary) -> Path:
     return _write(folder / "summary.json", text + "\n")
 
 
-def write_model_card(folder: Path, summary: RunSummary, *, adapter: str = "adapter") -> Path:
-    """Write `README.md`, the model card of the adapter in `folder / adapter`.
+def write_model_card(folder: Path, summary: RunSummary, *, lora: bool = True) -> Path:
+    """Write `README.md`, the model card of what was trained.
+
+    Args:
+        folder: the run's folder.
+        summary: what was run and measured.
+        lora: whether `folder / "adapter"` holds a LoRA, rather than `folder / "model"` a model.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -182,7 +187,7 @@ def write_model_card(folder: Path, summary: RunSummary, *, adapter: str = "adapt
     text = (
         _environment()
         .get_template("model_card.md.j2")
-        .render(summary=summary, adapter=adapter, packaged=summary.model.startswith("pkg://"))
+        .render(summary=summary, lora=lora, packaged=summary.model.startswith("pkg://"))
     )
     return _write(folder / "README.md", text)
 

@@ -54,6 +54,7 @@ class Subject:
         device: torch device.
         config: resolved configuration as YAML.
         warnings: what training warned about.
+        lora: whether a LoRA was trained, not the whole model.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Subject:
     device: str
     config: str
     warnings: Sequence[str] = ()
+    lora: bool = True
 
 
 def resolve_device(name: str) -> str:
@@ -163,7 +165,7 @@ def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None)
     write_summary(folder, summary)
     write_report(folder, report)
     if not only_evaluated:
-        write_model_card(folder, summary)
+        write_model_card(folder, summary, lora=subject.lora)
     return summary
 
 

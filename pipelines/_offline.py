@@ -147,6 +147,7 @@ def train_offline(
         device=str(accelerator.device),
         config=resolved,
         warnings=result.warnings,
+        lora=config.lora.enabled,
     )
     summary = write_results(output, subject, evaluation)
     if evaluation is not None:

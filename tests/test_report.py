@@ -249,6 +249,9 @@ def test_model_card(tmp_path: Path) -> None:
     assert yaml.safe_load(front)["base_model"] == "org/model"
     assert "| clip | 0.21 | 0.26 |" in body
     assert 'load_lora_weights("adapter")' in body
+    whole = write_model_card(tmp_path, summary(), lora=False).read_text()
+    assert 'from_pretrained("model")' in whole
+    assert "lora" not in whole.lower()
     hostile = write_model_card(tmp_path, summary(model='x"\n---\n<script>')).read_text()
     assert "<script>" not in hostile
     assert yaml.safe_load(hostile.split("\n---\n")[0].removeprefix("---\n"))["tags"]

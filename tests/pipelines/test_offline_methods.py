@@ -235,6 +235,7 @@ def test_full_fine_tuning_saves_a_model(tiny_sd: Path, pairs: Path, tmp_path: Pa
     trained = StableDiffusionPipeline.from_pretrained(tmp_path / "model").unet.state_dict()
     base = StableDiffusionPipeline.from_pretrained(tiny_sd).unet.state_dict()
     assert any(not torch.equal(trained[key], base[key]) for key in base)
+    assert 'from_pretrained("model")' in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("mode", ["ema", "copy"])
