@@ -19,11 +19,12 @@ from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, StableD
 from tqdm.auto import tqdm
 
 from mmalign.options import parse_options
-from mmalign.shapes.build.autoencoder import build_autoencoder
+from mmalign.shapes.build.autoencoder import build_autoencoder, refine_decoder
 from mmalign.shapes.build.card import write_card
 from mmalign.shapes.build.consistency import build_student
 from mmalign.shapes.build.measure import parser_accuracy, prompt_following, reward_accuracy
 from mmalign.shapes.build.reward import build_reward, save_reward
+from mmalign.shapes.build.text import build_text_encoder
 from mmalign.shapes.build.text_to_image import build_generator
 from mmalign.shapes.build.tokenizer import build_tokenizer
 from mmalign.shapes.prompts import prompt_set
@@ -56,12 +57,15 @@ def run(config: BuildShapesConfig) -> None:
     output, work = Path(config.output), Path(config.work)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(config.seed)
+    encoder = build_text_encoder(tokenizer, work, config.seed)
     vae = build_autoencoder(work, config.seed)
-    generator = build_generator(vae, tokenizer, work, config.seed)
+    generator = build_generator(vae, tokenizer, encoder, work, config.seed)
+    refine_decoder(vae, work, config.seed)
     save_pipeline(generator, output / "sd")
     student = build_student(generator, work, config.seed)
     save_pipeline(student, output / "lcm")
-    save_reward(build_reward(tokenizer, work, config.seed), tokenizer, output / "clip")
+    reward = build_reward(tokenizer, encoder, work, config.seed)
+    save_reward(reward, tokenizer, output / "clip")
     write_prompts(output.parent / "prompts")
     quality = measure(output, config.seed)
     (output / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")

@@ -13,15 +13,24 @@ from torch import Tensor, nn
 
 from mmalign.pipelines.build_shapes import save_pipeline, write_hashes, write_prompts
 from mmalign.shapes.build import text_to_image
-from mmalign.shapes.build.autoencoder import build_autoencoder
+from mmalign.shapes.build.autoencoder import build_autoencoder, refine_decoder
 from mmalign.shapes.build.consistency import build_student
 from mmalign.shapes.build.loop import train
 from mmalign.shapes.build.measure import prompt_following
-from mmalign.shapes.build.reward import build_reward, save_reward, spoil
+from mmalign.shapes.build.near_miss import spoil, spoil_scene
+from mmalign.shapes.build.reward import build_reward, model_config, save_reward, text_tower
+from mmalign.shapes.build.text import (
+    QUESTIONS,
+    Reader,
+    build_text_encoder,
+    new_text_encoder,
+    phrases,
+    tokenize,
+)
 from mmalign.shapes.build.text_to_image import build_generator
 from mmalign.shapes.build.tokenizer import CONTEXT, build_tokenizer
-from mmalign.shapes.captions import describe
-from mmalign.shapes.scene import sample_scene
+from mmalign.shapes.captions import ObjectPhrase, describe
+from mmalign.shapes.scene import COLORS, SHAPES, SIZES, sample_scene
 
 
 def test_every_caption_word_is_one_token() -> None:
@@ -65,17 +74,84 @@ def test_spoilt_captions_differ_in_a_claim() -> None:
         assert spoil(truth, rng).text != truth.text
 
 
+def test_phrases_point_at_their_nouns_and_say_what_they_claim() -> None:
+    tokenizer = build_tokenizer(0, captions=3000)
+    rng = random.Random(0)
+    for _ in range(200):
+        description = describe(sample_scene(rng), rng)
+        text = description.text
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+        found = phrases(text)
+        assert sum(item.number + 1 for item in found) == len(description.objects)
+        for item in found:
+            noun = tokens[item.token].removesuffix("</w>")
+            assert noun in {SHAPES[item.shape] + ending for ending in ("", "s", "es")}
+            size = [*SIZES, None][item.size]
+            assert ObjectPhrase(
+                shape=SHAPES[item.shape], color=list(COLORS)[item.color], size=size
+            ) in (description.objects)
+
+
+def test_the_reader_learns_to_read(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(0, captions=3000)
+    rng = random.Random(1)
+    captions = [describe(sample_scene(rng), rng) for _ in range(64)]
+    tokens = tokenize(tokenizer, [caption.text for caption in captions])
+    torch.manual_seed(0)
+    reader = Reader(new_text_encoder(tokenizer))
+    losses = []
+    optimizer = torch.optim.AdamW(reader.parameters(), 3e-3)
+    for _ in range(15):
+        losses.append(reader(tokens, captions))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.6 * losses[0]
+    assert set(reader.noun) == set(QUESTIONS)
+
+
+def test_text_tower_of_the_reward_equals_the_text_encoder() -> None:
+    tokenizer = build_tokenizer(0, captions=500)
+    encoder = new_text_encoder(tokenizer).eval()
+    settings = model_config(tokenizer)["model_cfg"]
+    text_cfg = settings["text_cfg"] | {"hf_tokenizer_name": None}
+    model = open_clip.CLIP(**(settings | {"text_cfg": text_cfg})).eval()
+    assert not model.load_state_dict(text_tower(encoder), strict=False).unexpected_keys
+    tokens = tokenize(tokenizer, ["a red circle above a blue star", "two green crosses"])
+    with torch.no_grad():
+        end = encoder(tokens).last_hidden_state[torch.arange(2), tokens.argmax(-1)]
+        torch.testing.assert_close(model.encode_text(tokens), end @ model.text_projection)
+
+
+def test_spoilt_scenes_are_wrong_or_unclean() -> None:
+    rng = random.Random(0)
+    wrong = unclean = 0
+    for _ in range(300):
+        scene = sample_scene(rng)
+        truth = describe(scene, rng)
+        spoilt = spoil_scene(scene, truth, rng)
+        assert spoilt != scene
+        holds = all(truth.claims(spoilt).values())
+        wrong += not holds
+        unclean += holds
+    assert wrong > 200
+    assert unclean < 60
+
+
 def test_built_models_load_by_plain_upstream_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_to_image, "SCENES", 64)
     work, output = tmp_path / "work", tmp_path / "models"
-    tokenizer = build_tokenizer(0, captions=500)
+    tokenizer = build_tokenizer(0, captions=3000)
+    encoder = build_text_encoder(tokenizer, work, 0, steps=2)
     vae = build_autoencoder(work, 0, steps=2)
-    generator = build_generator(vae, tokenizer, work, 0, steps=2)
+    generator = build_generator(vae, tokenizer, encoder, work, 0, steps=2)
+    refine_decoder(vae, work, 0, steps=2)
     save_pipeline(generator, output / "sd")
     save_pipeline(build_student(generator, work, 0, steps=2), output / "lcm")
-    save_reward(build_reward(tokenizer, work, 0, steps=2), tokenizer, output / "clip")
+    reward = build_reward(tokenizer, encoder, work, 0, steps=2)
+    save_reward(reward, tokenizer, output / "clip")
     write_prompts(tmp_path / "prompts")
     write_hashes(output)
 
@@ -90,6 +166,6 @@ def test_built_models_load_by_plain_upstream_calls(
         assert quality["correct"] == 0  # two training steps draw no scene
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{output / 'clip'}")
     tokens = open_clip.get_tokenizer(f"local-dir:{output / 'clip'}")(prompts[:2])
-    assert model.encode_text(tokens).shape == (2, 64)
+    assert model.encode_text(tokens).shape == (2, 128)
     assert callable(preprocess)
     assert "sd/unet/diffusion_pytorch_model.safetensors" in (output / "SHA256SUMS").read_text()

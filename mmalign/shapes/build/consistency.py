@@ -24,8 +24,8 @@ from mmalign.objectives.consistency_dpo import (
 from mmalign.shapes.build.loop import train
 from mmalign.shapes.build.text_to_image import LatentScenes, embed, new_unet
 
-STEPS = 600
-BATCH = 32
+STEPS = 1500
+BATCH = 16
 GUIDANCE = (2.0, 8.0)
 EMBEDDING = 128
 TARGET_DECAY = 0.95
@@ -42,10 +42,12 @@ def build_student(
     data = LatentScenes(teacher.vae, seed, work)
     alphas: Tensor = teacher.scheduler.alphas_cumprod
     grid = ddim_grid(alphas)
-    schedule: dict[str, Any] = {"alphas_cumprod": alphas, "prediction_type": "epsilon"}
+    schedule: dict[str, Any] = {
+        "alphas_cumprod": alphas,
+        "prediction_type": teacher.scheduler.config.prediction_type,
+    }
     tokenizer, encoder = teacher.tokenizer, teacher.text_encoder
-    with torch.no_grad():
-        empty = embed(tokenizer, encoder, [""]).expand(BATCH, -1, -1)
+    empty = embed(tokenizer, encoder, [""]).expand(BATCH, -1, -1)
 
     def predict(unet: UNet2DConditionModel, noisy: Tensor, steps: Tensor, *rest: Tensor) -> Tensor:
         prompt, guidance = rest

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmalign.randomness import keyed_generator
-from mmalign.shapes.build.reward import spoil
+from mmalign.shapes.build.near_miss import spoil, spoil_scene
 from mmalign.shapes.build.scenes import pixels
 from mmalign.shapes.captions import describe
 from mmalign.shapes.judge import ShapesJudge
@@ -75,21 +75,24 @@ def reward_accuracy(folder: Path, seed: int, scenes: int = 500) -> dict[str, flo
     """How often the reward model picks the right caption of held-out scenes.
 
     `retrieval` is top-1 among all captions of the set; `near_miss` compares the true caption with
-    one that has a single claim changed.
+    one that has a single claim changed, and `near_miss_picture` the true picture with one that has
+    a single thing changed.
     """
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0]
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    del preprocess
     rng = random.Random(f"{seed}/retrieval")
     pictures = [sample_scene(rng, held_out=True) for _ in range(scenes)]
     truths = [describe(scene, rng) for scene in pictures]
+    spoilt = [spoil_scene(s, t, rng) for s, t in zip(pictures, truths, strict=True)]
     images = model.eval().encode_image(pixels(pictures), normalize=True)
     texts = model.encode_text(tokenizer([t.text for t in truths]), normalize=True)
     wrong = model.encode_text(tokenizer([spoil(t, rng).text for t in truths]), normalize=True)
+    wrong_images = model.encode_image(pixels(spoilt), normalize=True)
     similarity = images @ texts.T
     own = similarity.diagonal()
     return {
         "retrieval": (own >= similarity.max(1).values).float().mean().item(),
         "near_miss": (own > (images * wrong).sum(1)).float().mean().item(),
+        "near_miss_picture": (own > (wrong_images * texts).sum(1)).float().mean().item(),
         "scenes": scenes,
     }
