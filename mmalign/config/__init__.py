@@ -1,0 +1,77 @@
+"""Every option of every command, as keyword-only dataclasses with no heavy imports.
+
+Option names follow Hugging Face's trainers where one exists. `mmalign.cli` fills these from
+defaults, then a YAML file, then flags; an unknown key is an error that names the nearest valid one.
+"""
+
+from mmalign.config.files import (
+    as_path,
+    dump_config,
+)
+from mmalign.config.jobs import (
+    EnvConfig,
+    EvaluateImageConfig,
+    ExportConfig,
+    GenerateConfig,
+    PairsBuildConfig,
+    PairsCheckConfig,
+    QuickstartImageConfig,
+    ScoreConfig,
+)
+from mmalign.config.offline import (
+    ConsistencyDpoConfig,
+    CurriculumDpoConfig,
+    DiffusionDpoConfig,
+    DiffusionKtoConfig,
+    MapoConfig,
+    OfflineConfig,
+)
+from mmalign.config.parts import (
+    ATTENTION_TARGETS,
+    CurriculumConfig,
+    EvalConfig,
+    Family,
+    LoraConfig,
+    LossType,
+    ModelConfig,
+    OnBadRow,
+    PairRule,
+    PairsConfig,
+    PreferenceConfig,
+    RewardConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ATTENTION_TARGETS",
+    "ConsistencyDpoConfig",
+    "CurriculumConfig",
+    "CurriculumDpoConfig",
+    "DiffusionDpoConfig",
+    "DiffusionKtoConfig",
+    "EnvConfig",
+    "EvalConfig",
+    "EvaluateImageConfig",
+    "ExportConfig",
+    "Family",
+    "GenerateConfig",
+    "LoraConfig",
+    "LossType",
+    "MapoConfig",
+    "ModelConfig",
+    "OfflineConfig",
+    "OnBadRow",
+    "PairRule",
+    "PairsBuildConfig",
+    "PairsCheckConfig",
+    "PairsConfig",
+    "PreferenceConfig",
+    "QuickstartImageConfig",
+    "RewardConfig",
+    "SamplingConfig",
+    "ScoreConfig",
+    "TrainConfig",
+    "as_path",
+    "dump_config",
+]

@@ -1,0 +1,170 @@
+"""Options of everything that is not training: pairs, scores, samples, evaluation, export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mmalign.config.parts import (
+    EvalConfig,
+    ModelConfig,
+    OnBadRow,
+    PairRule,
+    RewardConfig,
+    SamplingConfig,
+)
+
+
+@dataclass(kw_only=True)
+class PairsBuildConfig(ModelConfig):
+    """Candidates, scores, then pairs.
+
+    Attributes:
+        prompts: prompt file; with `images` given, names which image belongs to which prompt.
+        images: folder of existing candidates instead of sampling from `model`.
+        output: folder that receives candidates, scores and `metadata.jsonl`.
+        rewards: rewards that rank the candidates.
+        candidates_per_prompt: N.
+        rule: `best_worst`, `all_pairs` with a gap over `min_gap`, or `top_k` ranks.
+        min_gap: smallest score gap of a pair.
+        top_k: ranks that are paired with each other under `top_k`.
+        sampling: how candidates are sampled.
+        num_prompts: use only the first so many prompts.
+        num_shards: processes that share the work.
+        shard: index of this process.
+        on_bad_row: policy for unreadable images.
+    """
+
+    prompts: str = ""
+    images: str | None = None
+    output: str = "pairs"
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    candidates_per_prompt: int = 8
+    rule: PairRule = "best_worst"
+    min_gap: float = 0.0
+    top_k: int = 4
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    num_prompts: int | None = None
+    num_shards: int = 1
+    shard: int = 0
+    on_bad_row: OnBadRow = "stop"
+
+
+@dataclass(kw_only=True)
+class PairsCheckConfig:
+    """Options of `pairs validate` and `pairs stats`.
+
+    Attributes:
+        path: folder, parquet file, webdataset shard(s) or `metadata.jsonl`.
+        format: layout of `path`.
+        output: picture of the gap histogram (`pairs stats`).
+        max_pixels: images with more pixels count as bad.
+    """
+
+    path: str = ""
+    format: Literal[
+        "auto", "parquet", "webdataset", "imagefolder", "pickapic", "hpdv2", "win_lose"
+    ] = "auto"
+    output: str = "pairs.png"
+    max_pixels: int = 50_000_000
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """Score a folder of images.
+
+    Attributes:
+        reward: reward names, repeated for several.
+        images: folder of images.
+        prompts: prompt file: one line per image in sorted order, or .jsonl with `file_name`,
+        `prompt`.
+        output: parquet file.
+        batch_size: images scored at a time.
+        options: keyword arguments per reward name.
+        on_bad_row: policy for unreadable images.
+        max_pixels: images with more pixels are refused before they are decoded.
+    """
+
+    reward: list[str] = field(default_factory=lambda: ["clip"])
+    images: str = ""
+    prompts: str = ""
+    output: str = "scores.parquet"
+    batch_size: int = 32
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    on_bad_row: OnBadRow = "stop"
+    max_pixels: int = 50_000_000
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(ModelConfig):
+    """Sample images from a model, with or without an adapter.
+
+    Attributes:
+        prompts: prompt file.
+        prompt: prompts given on the command line instead.
+        output: folder for the images and their `metadata.jsonl`.
+        images_per_prompt: images per prompt.
+        sampling: how images are sampled.
+    """
+
+    prompts: str | None = None
+    prompt: list[str] = field(default_factory=list)
+    output: str = "images"
+    images_per_prompt: int = 1
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(kw_only=True)
+class EvaluateImageConfig(ModelConfig):
+    """Compare a model with its base (or another adapter) on prompts.
+
+    Attributes:
+        base_adapter: adapter of the side compared against; the plain model when omitted.
+        output_dir: folder for `summary.json`, `report.html` and the images.
+        sampling: how images are sampled.
+        evaluation: prompts, rewards and judge.
+    """
+
+    base_adapter: str | None = None
+    output_dir: str = "runs/evaluation"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(kw_only=True)
+class ExportConfig(ModelConfig):
+    """Export an adapter for other programs.
+
+    Attributes:
+        format: `kohya` (A1111, ComfyUI) or `merged` (a full checkpoint with the adapter folded in).
+        output: file (`kohya`) or folder (`merged`).
+    """
+
+    format: Literal["kohya", "merged"] = "kohya"
+    output: str = "export"
+
+
+@dataclass(kw_only=True)
+class QuickstartImageConfig:
+    """The main job in one command, on Shapes world.
+
+    Attributes:
+        method: preference method.
+        seed: base seed of the whole job.
+        output_dir: the run's folder; `runs/quickstart-<method>-<seed>` when omitted.
+    """
+
+    method: Literal["curriculum-dpo", "diffusion-dpo", "consistency-dpo"] = "curriculum-dpo"
+    seed: int = 0
+    output_dir: str | None = None
+
+
+@dataclass(kw_only=True)
+class EnvConfig:
+    """What `mmalign env` prints.
+
+    Attributes:
+        json: print JSON instead of lines.
+    """
+
+    json: bool = False
