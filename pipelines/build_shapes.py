@@ -30,8 +30,8 @@ from mmalign.shapes.build.tokenizer import build_tokenizer
 from mmalign.shapes.prompts import prompt_set
 
 PROMPTS = {"train": 400, "held_out": 200, "stress": 100}
-GENERATOR_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
-STUDENT_SAMPLING = {"num_inference_steps": 4, "guidance_scale": 3.0}
+GENERATOR_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 2.5}
+STUDENT_SAMPLING = {"num_inference_steps": 4, "guidance_scale": 2.5}
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,7 @@ from mmalign.shapes.build.text_to_image import LatentScenes, embed, new_unet
 
 STEPS = 1500
 BATCH = 16
-GUIDANCE = (2.0, 8.0)
+GUIDANCE = (1.0, 4.0)
 EMBEDDING = 128
 TARGET_DECAY = 0.95
 

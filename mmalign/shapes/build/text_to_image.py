@@ -18,7 +18,7 @@ from mmalign.shapes.build.text import WIDTH, tokenize
 from mmalign.shapes.captions import describe
 from mmalign.shapes.scene import Scene
 
-STEPS = 11_000
+STEPS = 10_000
 BATCH = 32
 SCENES = 40_000
 CAPTION_DROPOUT = 0.1
