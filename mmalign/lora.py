@@ -132,7 +132,7 @@ def save_lora(denoiser: nn.Module, folder: Path | str) -> Path:
 
 
 def load_lora(pipeline: DiffusionPipeline, path: Path | str, *, scale: float = 1.0) -> None:
-    """Load a LoRA of the denoiser (and text encoders) into `pipeline`, frozen, and scale it.
+    """Load a LoRA of the denoiser (and text encoders) into `pipeline` and scale it.
 
     Files of PEFT, diffusers and kohya are accepted; `pipeline` must have no LoRA yet.
 
@@ -157,10 +157,9 @@ def load_lora(pipeline: DiffusionPipeline, path: Path | str, *, scale: float = 1
         raise
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise InputError(f"{file.path}: does not fit the model: {_first_line(error)}") from error
+    # Not frozen, as in diffusers: on some processors torch picks another kernel, and so other last
+    # bits, for weights that need no gradient.
     loader.set_adapters([ADAPTER_NAME], [scale])
-    for component in _COMPONENTS:
-        if getattr(loader, component, None) is not None:
-            getattr(loader, component).requires_grad_(False)
 
 
 def read_lora(path: Path | str) -> LoraFile:
