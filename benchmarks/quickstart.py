@@ -4,7 +4,7 @@
 
 Runs `mmalign quickstart image` once per seed, each in its own process, and prints a Markdown table
 of the judge's win rate with its 95 % interval and of what may get worse beside it. Exits 1 when a
-seed misses the target: a win rate of at least 0.70 whose interval ends above 0.5.
+seed misses the target: a win rate of at least 0.70 whose interval lies above 0.5.
 """
 
 from __future__ import annotations

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mmalign.shapes.captions import RELATIONS, Description
 from mmalign.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, sample_scene
 
+Subject = TypeVar("Subject", Description, Scene)
+Edit = Callable[[Subject, random.Random], Subject]
+
 
 def spoil(truth: Description, rng: random.Random) -> Description:
     """Change one claim of a description, so that it is a near miss rather than another scene."""
-    edits = [_recolor, _reshape, _drop_or_add]
+    edits: list[Edit[Description]] = [_recolor, _reshape, _drop_or_add]
     if len(truth.objects) > 1:
         edits.append(_swap_colors)
     if truth.relation:
@@ -28,18 +32,20 @@ def spoil(truth: Description, rng: random.Random) -> Description:
     return spoilt
 
 
-def _with_object(truth: Description, index: int, **changes: str) -> Description:
-    objects = list(truth.objects)
+def _with_object(subject: Subject, index: int, **changes: Any) -> Subject:
+    objects = list(subject.objects)
     objects[index] = replace(objects[index], **changes)
-    return replace(truth, objects=tuple(objects))
+    return replace(subject, objects=tuple(objects))
 
 
-def _recolor(truth: Description, rng: random.Random) -> Description:
-    return _with_object(truth, rng.randrange(len(truth.objects)), color=rng.choice(list(COLORS)))
+def _recolor(subject: Subject, rng: random.Random) -> Subject:
+    return _with_object(
+        subject, rng.randrange(len(subject.objects)), color=rng.choice(list(COLORS))
+    )
 
 
-def _reshape(truth: Description, rng: random.Random) -> Description:
-    return _with_object(truth, rng.randrange(len(truth.objects)), shape=rng.choice(SHAPES))
+def _reshape(subject: Subject, rng: random.Random) -> Subject:
+    return _with_object(subject, rng.randrange(len(subject.objects)), shape=rng.choice(SHAPES))
 
 
 def _resize(truth: Description, rng: random.Random) -> Description:
@@ -59,8 +65,8 @@ def _turn_relation(truth: Description, rng: random.Random) -> Description:
     return replace(truth, relation=opposite[truth.relation])
 
 
-def _repaint(truth: Description, rng: random.Random) -> Description:
-    return replace(truth, background=rng.choice(list(BACKGROUNDS)))
+def _repaint(subject: Subject, rng: random.Random) -> Subject:
+    return replace(subject, background=rng.choice(list(BACKGROUNDS)))
 
 
 def _drop_or_add(truth: Description, rng: random.Random) -> Description:
@@ -77,36 +83,19 @@ def _drop_or_add(truth: Description, rng: random.Random) -> Description:
 
 def spoil_scene(scene: Scene, truth: Description, rng: random.Random) -> Scene:
     """Change one thing of a scene: `truth` no longer describes it, or it is no clean scene."""
-    edits = [_other_color, _other_shape, _other_size, _moved, _one_less, _one_more, _covered]
+    edits: list[Edit[Scene]] = [_recolor, _reshape, _other_size, _moved]
+    edits += [_one_less, _one_more, _covered, _repaint]
     for _ in range(20):
-        edit = rng.choice([*edits, _other_ground])
+        edit = rng.choice(edits)
         spoilt = edit(scene, rng)
         if edit is _covered or not all(truth.claims(spoilt).values()):
             return spoilt
     return _covered(scene, rng)
 
 
-def _with_item(scene: Scene, index: int, **changes: Any) -> Scene:
-    items = list(scene.objects)
-    items[index] = replace(items[index], **changes)
-    return replace(scene, objects=tuple(items))
-
-
-def _other_color(scene: Scene, rng: random.Random) -> Scene:
-    return _with_item(scene, rng.randrange(len(scene.objects)), color=rng.choice(list(COLORS)))
-
-
-def _other_shape(scene: Scene, rng: random.Random) -> Scene:
-    return _with_item(scene, rng.randrange(len(scene.objects)), shape=rng.choice(SHAPES))
-
-
 def _other_size(scene: Scene, rng: random.Random) -> Scene:
     radius = rng.uniform(*SIZES[rng.choice(list(SIZES))])
-    return _with_item(scene, rng.randrange(len(scene.objects)), radius=radius)
-
-
-def _other_ground(scene: Scene, rng: random.Random) -> Scene:
-    return replace(scene, background=rng.choice(list(BACKGROUNDS)))
+    return _with_object(scene, rng.randrange(len(scene.objects)), radius=radius)
 
 
 def _moved(scene: Scene, rng: random.Random) -> Scene:

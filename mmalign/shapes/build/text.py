@@ -30,7 +30,6 @@ WIDTH = 64
 LAYERS = 3
 HEADS = 4
 SLOTS = 4
-_IGNORED = -100
 _PHRASE = re.compile(
     rf"\b(a|an|{'|'.join(NUMBERS)})(?: ({'|'.join(SIZES)}))? ({'|'.join(COLORS)})"
     rf" ({'|'.join(SHAPES)})(?:e?s)?\b"
