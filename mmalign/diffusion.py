@@ -1,4 +1,4 @@
-"""Noising, conversions between what a denoiser may predict, and the scalings of consistency models.
+"""Noising, conversions between what a denoiser may predict, consistency models, sampler steps.
 
 Symbols: `latents` x_0, `noise` epsilon, `noisy_latents` x_t, `alphas_cumprod` alpha-bar (T,). With
 a = sqrt(alpha-bar_t) and s = sqrt(1 - alpha-bar_t):
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction"]
+Reduction = Literal["mean", "sum"]
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -99,6 +100,154 @@ def boundary_scalings(
     return sigma_data**2 / norm, u / norm.sqrt()
 
 
+def consistency_function(
+    model_output: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    *,
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType,
+    timestep_scaling: float = 10.0,
+) -> Tensor:
+    """Compute f = c_skip x_t + c_out x_0, the consistency model's clean latents (B, C, h, w)."""
+    x0 = pred_x0(model_output, noisy_latents, timesteps, alphas_cumprod, prediction_type)
+    c_skip, c_out = (
+        per_sample(c.to(x0), x0)
+        for c in boundary_scalings(timesteps, timestep_scaling=timestep_scaling)
+    )
+    return c_skip * noisy_latents + c_out * x0
+
+
+class SamplerGrid(NamedTuple):
+    """The steps of a sampler in denoising order, (T,) each.
+
+    `timesteps` are what the denoiser sees, `prev_alphas` is alpha-bar after each step.
+    """
+
+    timesteps: Tensor
+    prev_alphas: Tensor
+
+
+class Transition(NamedTuple):
+    """One sampler step as a Gaussian N(mean, std^2 I) over the next latents.
+
+    `mean` and the clean latents `pred_x0` are (B, C, h, w), `std` is (B,); where it is 0 the step
+    is deterministic and has no density.
+    """
+
+    mean: Tensor
+    std: Tensor
+    pred_x0: Tensor
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Compute mean + std * noise, (B, C, h, w)."""
+        return self.mean + per_sample(self.std, noise) * noise
+
+
+def ddim_transition(
+    model_output: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    prev_alphas: Tensor,
+    *,
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType,
+    eta: float,
+) -> Transition:
+    """Take a DDIM step (Song et al. 2020, arXiv 2010.02502, equations 12 and 16).
+
+    With p for the step's end: std = eta sqrt((1 - ap) / (1 - at)) sqrt(1 - at / ap) and
+    mean = sqrt(ap) x_0 + sqrt(1 - ap - std^2) epsilon. Guidance is the caller's: `model_output` is
+    already guided.
+
+    Args:
+        model_output: raw output (B, C, h, w).
+        noisy_latents: x_t (B, C, h, w).
+        timesteps: t (B,).
+        prev_alphas: alpha-bar after the step (B,).
+        alphas_cumprod: alpha-bar of the schedule (T,).
+        prediction_type: what the model predicts.
+        eta: 0 for deterministic DDIM, 1 for the variance of DDPM.
+    """
+    state = (model_output, noisy_latents, timesteps, alphas_cumprod, prediction_type)
+    x0, noise = pred_x0(*state), noise_pred(*state)
+    alpha = alphas_cumprod.to(x0)[timesteps.to(x0.device)]
+    prev = prev_alphas.to(x0)
+    # The last step of some grids ends where it began; rounding must not make that negative.
+    variance = ((1 - prev) / (1 - alpha) * (1 - alpha / prev)).clamp(min=0)
+    std = eta * variance.sqrt()
+    direction = (1 - prev - std.square()).clamp(min=0).sqrt()
+    mean = per_sample(prev.sqrt(), x0) * x0 + per_sample(direction, noise) * noise
+    return Transition(mean, std, x0)
+
+
+def consistency_transition(
+    model_output: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    prev_alphas: Tensor,
+    *,
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType,
+    timestep_scaling: float = 10.0,
+) -> Transition:
+    """Take a multistep consistency step: to f, then noised again to alpha-bar p.
+
+    mean = sqrt(ap) f and std = sqrt(1 - ap) (Luo et al. 2023, arXiv 2310.04378, algorithm 3). The
+    last step has ap = 1 and is deterministic. Arguments as in `ddim_transition`.
+    """
+    clean = consistency_function(
+        model_output,
+        noisy_latents,
+        timesteps,
+        alphas_cumprod=alphas_cumprod,
+        prediction_type=prediction_type,
+        timestep_scaling=timestep_scaling,
+    )
+    prev = prev_alphas.to(clean)
+    return Transition(per_sample(prev.sqrt(), clean) * clean, (1 - prev).sqrt(), clean)
+
+
+def transition_logp(
+    next_latents: Tensor, transition: Transition, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """Compute the log-density of `next_latents` under a transition, (B,).
+
+    Per element -(x - mean)^2 / (2 std^2) - log std - log sqrt(2 pi), then the mean over C, h and w
+    (what the code of DDPO and D3PO takes, so that beta does not depend on the size of the image) or
+    their sum (the joint log-density).
+
+    Raises:
+        ValueError: If a step is deterministic.
+    """
+    _must_be_stochastic(transition)
+    std = per_sample(transition.std, next_latents)
+    scaled = (next_latents - transition.mean) / std
+    logp = -0.5 * scaled.square() - std.log() - 0.5 * math.log(2 * math.pi)
+    return _reduce(logp, reduction)
+
+
+def transition_logratio(
+    next_latents: Tensor,
+    policy: Transition,
+    reference: Transition,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Compute log p_policy - log p_reference of `next_latents` for steps of equal std, (B,).
+
+    <2 x - mu - mu_ref, mu - mu_ref> / (2 std^2): the difference of the log-densities without their
+    cancellation, exactly 0 where policy and reference agree.
+
+    Raises:
+        ValueError: If a step is deterministic.
+    """
+    _must_be_stochastic(reference)
+    variance = per_sample(reference.std.square(), next_latents)
+    middle = 2 * next_latents - policy.mean - reference.mean
+    return _reduce(middle * (policy.mean - reference.mean) / (2 * variance), reduction)
+
+
 class DdimGrid(NamedTuple):
     """The grid of DDIM steps on which a consistency model is distilled; (n,) each, ascending.
 
@@ -169,6 +318,17 @@ def guidance_scale_embedding(omega: Tensor, dim: int = 256) -> Tensor:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """View values (B,) so that they multiply rows of `like` (B, ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _must_be_stochastic(transition: Transition) -> None:
+    if not bool((transition.std > 0).all()):
+        raise ValueError("a deterministic sampler step has no density: eta and std must be above 0")
+
+
+def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
+    return values.flatten(1).mean(1) if reduction == "mean" else values.flatten(1).sum(1)
 
 
 def _predicts_noise(prediction_type: PredictionType) -> bool:

@@ -11,10 +11,9 @@ from torch import Tensor
 from mmalign.adapters import load_adapter
 from mmalign.config import ConsistencyDpoConfig
 from mmalign.data.batch import PairBatch
-from mmalign.diffusion import ddim_grid
+from mmalign.diffusion import consistency_function, ddim_grid
 from mmalign.objectives.consistency_dpo import (
     consistency_dpo_loss,
-    consistency_function,
     pseudo_huber_distance,
     teacher_step,
 )

@@ -102,6 +102,22 @@ def test_boundary_scalings(alphas: Tensor) -> None:
     assert [c.item() for c in start] == [1, 0]
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_consistency_function_equals_the_lcm_scheduler(prediction_type: str) -> None:
+    scheduler = LCMScheduler(**BETAS, clip_sample=False, prediction_type=prediction_type)
+    scheduler.set_timesteps(4)
+    timestep = int(scheduler.timesteps[1])
+    want = scheduler.step(NOISE, timestep, LATENTS, generator=torch.Generator()).denoised
+    got = diffusion.consistency_function(
+        NOISE,
+        LATENTS,
+        torch.full((3,), timestep),
+        alphas_cumprod=scheduler.alphas_cumprod,
+        prediction_type=prediction_type,
+    )
+    assert_close(got, want, atol=1e-6, rtol=0)
+
+
 def test_ddim_grid(alphas: Tensor) -> None:
     grid = diffusion.ddim_grid(alphas, 50)
     assert len(grid.timesteps) == 50

@@ -46,24 +46,6 @@ def pseudo_huber_distance(prediction: Tensor, target: Tensor, *, huber_c: float 
     return (squared / ((squared + huber_c**2).sqrt() + huber_c)).flatten(1).mean(1)
 
 
-def consistency_function(
-    model_output: Tensor,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    *,
-    alphas_cumprod: Tensor,
-    prediction_type: PredictionType,
-    timestep_scaling: float = 10.0,
-) -> Tensor:
-    """Compute f = c_skip x_t + c_out x_0, the consistency model's clean latents (B, C, h, w)."""
-    x0 = diffusion.pred_x0(model_output, noisy_latents, timesteps, alphas_cumprod, prediction_type)
-    c_skip, c_out = (
-        diffusion.per_sample(c.to(x0), x0)
-        for c in diffusion.boundary_scalings(timesteps, timestep_scaling=timestep_scaling)
-    )
-    return c_skip * noisy_latents + c_out * x0
-
-
 def teacher_step(
     cond_output: Tensor,
     uncond_output: Tensor,

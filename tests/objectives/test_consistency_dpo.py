@@ -13,7 +13,6 @@ from mmalign import diffusion
 from mmalign.config import PreferenceConfig
 from mmalign.objectives.consistency_dpo import (
     consistency_dpo_loss,
-    consistency_function,
     pseudo_huber_distance,
     teacher_step,
 )
@@ -101,29 +100,6 @@ def test_pseudo_huber_distance_keeps_small_differences_in_float32() -> None:
     a = torch.full((1, 1, 1, 1), 1e-7)
     got = pseudo_huber_distance(a, torch.zeros_like(a), huber_c=1e-3)
     assert got.item() == pytest.approx((1e-7) ** 2 / 2e-3, rel=1e-4)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_consistency_function_equals_the_lcm_scheduler(prediction_type: str, wave: Wave) -> None:
-    scheduler = LCMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        prediction_type=prediction_type,
-    )
-    scheduler.set_timesteps(4)
-    output, noisy = wave(0, 2, 4, 2, 2), wave(1, 2, 4, 2, 2)
-    timestep = int(scheduler.timesteps[1])
-    want = scheduler.step(output, timestep, noisy, generator=torch.Generator()).denoised
-    got = consistency_function(
-        output,
-        noisy,
-        torch.full((2,), timestep),
-        alphas_cumprod=scheduler.alphas_cumprod,
-        prediction_type=prediction_type,
-    )
-    assert_close(got, want, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

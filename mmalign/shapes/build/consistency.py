@@ -15,12 +15,13 @@ from diffusers import (
 )
 from torch import Tensor
 
-from mmalign.diffusion import add_noise, ddim_grid, guidance_scale_embedding
-from mmalign.objectives.consistency_dpo import (
+from mmalign.diffusion import (
+    add_noise,
     consistency_function,
-    pseudo_huber_distance,
-    teacher_step,
+    ddim_grid,
+    guidance_scale_embedding,
 )
+from mmalign.objectives.consistency_dpo import pseudo_huber_distance, teacher_step
 from mmalign.shapes.build.loop import train
 from mmalign.shapes.build.text_to_image import LatentScenes, embed, new_unet
 
