@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mmalign.config import SamplingConfig
+    from mmalign.diffusion import SamplerGrid, Transition
 
 Modality = Literal["image", "text", "audio"]
 Condition = dict[str, "Tensor"]
@@ -88,6 +89,10 @@ class ImageAdapter(Protocol):
     alphas_cumprod: Tensor
     fingerprint: str
 
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of an image; the model's own size when omitted."""
+        ...
+
     def encode_images(self, images: Tensor) -> LatentMoments:
         """Encode images (B, 3, H, W) in [0, 1]."""
         ...
@@ -124,6 +129,42 @@ class ImageAdapter(Protocol):
     ) -> Tensor:
         """Sample one image per prompt and seed, (B, 3, H, W) in [0, 1], without gradients."""
         ...
+
+    def sampler_grid(self, num_inference_steps: int) -> SamplerGrid:
+        """Lay out the steps of the family's stochastic sampler."""
+        ...
+
+    def guided_output(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        condition: Condition,
+        negative: Condition,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Run `denoiser` with guidance; `negative` is the empty prompt's condition (1 row)."""
+        ...
+
+    def transition(
+        self,
+        model_output: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        prev_alphas: Tensor,
+        *,
+        eta: float,
+    ) -> Transition:
+        """Take a sampler step from a guided model output."""
+        ...
+
+
+class Trajectory(NamedTuple):
+    """What a sampler went through: T + 1 latents (B, C, h, w) from x_T to x_0.
+
+    The step from `latents[i]` to `latents[i + 1]` is the grid's step i.
+    """
+
+    latents: list[Tensor]
 
 
 class StepOutput(NamedTuple):

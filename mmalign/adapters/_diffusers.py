@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mmalign.adapters._ddim import DdimSteps
 from mmalign.adapters._source import ModelSource, first_line
 from mmalign.config import SamplingConfig
 from mmalign.diffusion import add_noise
@@ -32,7 +33,7 @@ from mmalign.types import Condition, InputError, LatentMoments
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
-class DiffusersAdapter(ABC):
+class DiffusersAdapter(DdimSteps, ABC):
     """An `ImageAdapter` around a diffusers pipeline with a UNet, an autoencoder and text encoders.
 
     Attributes:
@@ -101,6 +102,10 @@ class DiffusersAdapter(ABC):
         return cast(DiffusionPipeline, self._pipeline)
 
     @property
+    def _scheduler_config(self) -> Any:
+        return self._pipeline.scheduler.config
+
+    @property
     def fingerprint(self) -> str:
         """Hash of weights and settings of autoencoder, text encoders and tokenizers."""
         if self._fingerprint is None:
@@ -128,6 +133,14 @@ class DiffusersAdapter(ABC):
     def complete_pipeline(self, unet: nn.Module) -> DiffusionPipeline:
         """Load the checkpoint again with another denoiser and every part, on CPU."""
         return from_pretrained(self.pipeline_class, self.source, unet=unet)
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of an image; the model's own size when omitted."""
+        config = cast(Any, extract_model_from_parallel(self.denoiser)).config
+        factor = cast(Any, self._pipeline).vae_scale_factor
+        sides = (side or config.sample_size * factor for side in (height, width))
+        rows, columns = (side // factor for side in sides)
+        return config.in_channels, rows, columns
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> LatentMoments:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
+import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler
 from torch import Tensor
 
-from mmalign.adapters._source import ModelSource
+from mmalign.adapters._source import ModelSource, first_line
 from mmalign.adapters.sd import StableDiffusionAdapter
+from mmalign.diffusion import SamplerGrid, Transition, consistency_transition
 from mmalign.types import Condition, InputError
 
 
@@ -31,6 +33,57 @@ class LatentConsistencyAdapter(StableDiffusionAdapter):
         if not isinstance(pipeline.scheduler, LCMScheduler):
             name = type(pipeline.scheduler).__name__
             raise InputError(f"{source.name}: a consistency model needs LCMScheduler, not {name}")
+
+    def sampler_grid(self, num_inference_steps: int) -> SamplerGrid:
+        """Lay out the steps of multistep consistency sampling; the last one ends without noise.
+
+        Raises:
+            InputError: the scheduler has no such grid.
+        """
+        if num_inference_steps < 1:
+            raise InputError(
+                f"sampling.num_inference_steps: must be at least 1, got {num_inference_steps}"
+            )
+        scheduler: Any = LCMScheduler.from_config(self._scheduler_config)
+        try:
+            scheduler.set_timesteps(num_inference_steps)
+        except ValueError as error:
+            raise InputError(f"sampling.num_inference_steps: {first_line(error)}") from error
+        timesteps = scheduler.timesteps.to(self.device)
+        alphas = self.alphas_cumprod[timesteps[1:]]
+        return SamplerGrid(timesteps, torch.cat([alphas, alphas.new_ones(1)]))
+
+    def guided_output(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        condition: Condition,
+        negative: Condition,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Run `denoiser` with the guidance scale embedded; `negative` has no influence."""
+        scales = torch.full((len(noisy_latents),), guidance_scale, device=noisy_latents.device)
+        return self.predict(noisy_latents, timesteps, condition, guidance_scale=scales)
+
+    def transition(
+        self,
+        model_output: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        prev_alphas: Tensor,
+        *,
+        eta: float,
+    ) -> Transition:
+        """Take a multistep consistency step; `eta` has no influence."""
+        return consistency_transition(
+            model_output,
+            noisy_latents,
+            timesteps,
+            prev_alphas,
+            alphas_cumprod=self.alphas_cumprod,
+            prediction_type=self.prediction_type,
+            timestep_scaling=self._scheduler_config.timestep_scaling,
+        )
 
     def _extra_inputs(self, inputs: Condition, guidance_scale: Tensor | None) -> dict[str, Any]:
         if guidance_scale is None:
