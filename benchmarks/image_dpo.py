@@ -48,7 +48,7 @@ from mmalign.data.cache import EncodedPair, precompute
 from mmalign.data.images import open_image, to_tensor
 from mmalign.lora import attach_lora
 from mmalign.pipelines import diffusion_dpo
-from mmalign.pipelines._offline import prepare
+from mmalign.pipelines._training import prepare
 from mmalign.report import peak_memory_mib
 from mmalign.shapes.build.tokenizer import build_tokenizer
 from mmalign.types import Condition, ImageRef, PreferencePair

@@ -19,7 +19,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mmalign.config import LoraConfig, PreferenceConfig
+from mmalign.config import LoraConfig, ReferenceConfig
 from mmalign.types import ImageAdapter, InputError
 
 POLICY_NAME = "default"
@@ -29,11 +29,9 @@ REFERENCE_NAME = "reference"
 class Reference(ABC):
     """The frozen or slowly moving model that the policy is compared with."""
 
-    def __init__(
-        self, preference: PreferenceConfig, tracked: dict[str, tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, config: ReferenceConfig, tracked: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Remember (reference, policy) tensors by name; use `make_reference`."""
-        self._preference = preference
+        self._config = config
         self._tracked = tracked
         self._is_active = False
 
@@ -65,17 +63,17 @@ class Reference(ABC):
         LoRA on A and B, not on their product). `copy`: reference = policy every
         `reference_update_steps` steps. `never`: nothing.
         """
-        rule = self._preference.reference_update
+        rule = self._config.reference_update
         if rule == "ema":
             for reference, policy in self._tracked.values():
-                reference.lerp_(policy, 1 - self._preference.reference_decay)
-        elif rule == "copy" and step % self._preference.reference_update_steps == 0:
+                reference.lerp_(policy, 1 - self._config.reference_decay)
+        elif rule == "copy" and step % self._config.reference_update_steps == 0:
             for reference, policy in self._tracked.values():
                 reference.copy_(policy)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of a moving reference, nothing for one that never moves."""
-        if self._preference.reference_update == "never":
+        if self._config.reference_update == "never":
             return {}
         return {name: reference.detach() for name, (reference, _) in self._tracked.items()}
 
@@ -95,12 +93,12 @@ class Reference(ABC):
 class _AdapterReference(Reference):
     """The denoiser with the policy's LoRA off, or with another one in its place."""
 
-    def __init__(self, denoiser: nn.Module, preference: PreferenceConfig) -> None:
-        self._moves = preference.reference_update != "never"
+    def __init__(self, denoiser: nn.Module, config: ReferenceConfig) -> None:
+        self._moves = config.reference_update != "never"
         if self._moves:
             _add_reference_lora(denoiser)
         self._layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
-        super().__init__(preference, _lora_tensors(denoiser) if self._moves else {})
+        super().__init__(config, _lora_tensors(denoiser) if self._moves else {})
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
@@ -126,14 +124,12 @@ class _AdapterReference(Reference):
 class _CopyReference(Reference):
     """A frozen copy of the whole denoiser, for full fine-tuning."""
 
-    def __init__(
-        self, adapter: ImageAdapter, denoiser: nn.Module, preference: PreferenceConfig
-    ) -> None:
+    def __init__(self, adapter: ImageAdapter, denoiser: nn.Module, config: ReferenceConfig) -> None:
         self._adapter = adapter
         self._copy = copy.deepcopy(denoiser).eval().requires_grad_(False)
         policy = dict(denoiser.named_parameters())
         frozen = self._copy.named_parameters()
-        super().__init__(preference, {name: (value, policy[name]) for name, value in frozen})
+        super().__init__(config, {name: (value, policy[name]) for name, value in frozen})
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
@@ -145,9 +141,7 @@ class _CopyReference(Reference):
             self._adapter.denoiser = policy
 
 
-def make_reference(
-    adapter: ImageAdapter, lora: LoraConfig, preference: PreferenceConfig
-) -> Reference:
+def make_reference(adapter: ImageAdapter, lora: LoraConfig, config: ReferenceConfig) -> Reference:
     """Make the reference of `adapter`: equal to the policy as it is now, for an untrained LoRA.
 
     Call it after `attach_lora` and before the first step.
@@ -155,17 +149,17 @@ def make_reference(
     Raises:
         InputError: the options of a moving reference are out of range.
     """
-    if not 0 <= preference.reference_decay <= 1:
-        raise InputError(f"reference_decay: must be in [0, 1], got {preference.reference_decay}")
-    if preference.reference_update_steps < 1:
-        steps = preference.reference_update_steps
+    if not 0 <= config.reference_decay <= 1:
+        raise InputError(f"reference_decay: must be in [0, 1], got {config.reference_decay}")
+    if config.reference_update_steps < 1:
+        steps = config.reference_update_steps
         raise InputError(f"reference_update_steps: must be at least 1, got {steps}")
     denoiser = extract_model_from_parallel(adapter.denoiser)
     if not lora.enabled:
-        return _CopyReference(adapter, denoiser, preference)
+        return _CopyReference(adapter, denoiser, config)
     if POLICY_NAME not in getattr(denoiser, "peft_config", {}):
         raise ValueError("attach a LoRA before making its reference")
-    return _AdapterReference(denoiser, preference)
+    return _AdapterReference(denoiser, config)
 
 
 def _add_reference_lora(denoiser: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmalign.config import OfflineConfig
 from mmalign.data.batch import PairBatch
 from mmalign.diffusion import denoising_error, training_target
-from mmalign.pipelines._offline import OfflineRun, Step
+from mmalign.pipelines._training import Run, Step
 from mmalign.types import ImageAdapter, InputError, StepOutput
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
@@ -50,9 +50,7 @@ class DenoisingMeasure:
     batch may differ in its last bits.
     """
 
-    def __init__(
-        self, run: OfflineRun, *, cache: bool = False, needs_reference: bool = True
-    ) -> None:
+    def __init__(self, run: Run, *, cache: bool = False, needs_reference: bool = True) -> None:
         """Measure with `run`'s adapter and reference."""
         self._run, self._cache, self._needs_reference = run, cache, needs_reference
         self._known: dict[str, tuple[float, float]] = {}
@@ -111,9 +109,7 @@ def all_timesteps(adapter: ImageAdapter) -> range:
     return range(len(adapter.alphas_cumprod))
 
 
-def make_pair_step(
-    config: OfflineConfig, run: OfflineRun, measure: PairMeasure, loss: PairLoss
-) -> Step:
+def make_pair_step(config: OfflineConfig, run: Run, measure: PairMeasure, loss: PairLoss) -> Step:
     """Choose between the joint step and the split one.
 
     Raises:
@@ -138,7 +134,7 @@ def _joint_step(measure: PairMeasure, loss: PairLoss) -> Step:
     return step
 
 
-def _split_step(run: OfflineRun, measure: PairMeasure, loss: PairLoss) -> Step:
+def _split_step(run: Run, measure: PairMeasure, loss: PairLoss) -> Step:
     """Back-propagate one image at a time, pair by pair.
 
     A pair's loss depends on the parameters only through its two errors, so its gradient is

@@ -17,8 +17,9 @@ from mmalign.objectives.consistency_dpo import (
     pseudo_huber_distance,
     teacher_step,
 )
-from mmalign.pipelines._offline import Draws, OfflineRun, Step, train_offline
+from mmalign.pipelines._offline import Draws, train_offline
 from mmalign.pipelines._steps import Measured, make_pair_step
+from mmalign.pipelines._training import Run, Step
 from mmalign.types import ImageAdapter, InputError
 
 
@@ -45,7 +46,7 @@ def run(config: ConsistencyDpoConfig, started: float | None = None) -> None:
     )
 
 
-def make_step(config: ConsistencyDpoConfig, run: OfflineRun) -> Step:
+def make_step(config: ConsistencyDpoConfig, run: Run) -> Step:
     """Make the training step, loading the teacher."""
     settings = replace(config, model=config.teacher, family="auto", adapter=None)
     teacher = load_adapter(settings, device=run.accelerator.device, for_training=False)
@@ -68,9 +69,7 @@ def make_step(config: ConsistencyDpoConfig, run: OfflineRun) -> Step:
 class ConsistencyMeasure:
     """Pseudo-Huber distance to the frozen reference one teacher step further."""
 
-    def __init__(
-        self, config: ConsistencyDpoConfig, run: OfflineRun, teacher: ImageAdapter
-    ) -> None:
+    def __init__(self, config: ConsistencyDpoConfig, run: Run, teacher: ImageAdapter) -> None:
         """Measure with `run`'s adapter and reference against `teacher`'s solver."""
         self._config, self._run, self._teacher = config, run, teacher
         alphas = run.adapter.alphas_cumprod.to(run.accelerator.device)

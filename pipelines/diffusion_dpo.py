@@ -8,8 +8,9 @@ from torch import Tensor
 
 from mmalign.config import DiffusionDpoConfig
 from mmalign.objectives.diffusion_dpo import diffusion_dpo_loss
-from mmalign.pipelines._offline import Draws, OfflineRun, Step, train_offline
+from mmalign.pipelines._offline import Draws, train_offline
 from mmalign.pipelines._steps import DenoisingMeasure, all_timesteps, make_pair_step
+from mmalign.pipelines._training import Run, Step
 
 
 def run(
@@ -26,7 +27,7 @@ def run(
     )
 
 
-def make_step(config: DiffusionDpoConfig, run: OfflineRun) -> Step:
+def make_step(config: DiffusionDpoConfig, run: Run) -> Step:
     """Make the training step."""
 
     def loss(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mmalign.config import DiffusionKtoConfig
 from mmalign.objectives.diffusion_kto import diffusion_kto_loss
-from mmalign.pipelines._offline import Draws, OfflineRun, Step, train_offline
+from mmalign.pipelines._offline import Draws, train_offline
 from mmalign.pipelines._steps import DenoisingMeasure, all_timesteps, make_pair_step
+from mmalign.pipelines._training import Run, Step
 from mmalign.types import InputError
 
 
@@ -33,7 +34,7 @@ def run(config: DiffusionKtoConfig) -> None:
     )
 
 
-def make_step(config: DiffusionKtoConfig, run: OfflineRun) -> Step:
+def make_step(config: DiffusionKtoConfig, run: Run) -> Step:
     """Make the training step."""
 
     def loss(

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from mmalign.config import MapoConfig
 from mmalign.objectives.mapo import mapo_loss
-from mmalign.pipelines._offline import Draws, OfflineRun, Step, train_offline
+from mmalign.pipelines._offline import Draws, train_offline
 from mmalign.pipelines._steps import DenoisingMeasure, all_timesteps, make_pair_step
+from mmalign.pipelines._training import Run, Step
 
 
 def run(config: MapoConfig) -> None:
@@ -23,7 +24,7 @@ def run(config: MapoConfig) -> None:
     )
 
 
-def make_step(config: MapoConfig, run: OfflineRun) -> Step:
+def make_step(config: MapoConfig, run: Run) -> Step:
     """Make the training step."""
 
     def loss(

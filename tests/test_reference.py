@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmalign.adapters import DiffusersAdapter, load_adapter
-from mmalign.config import LoraConfig, ModelConfig, PreferenceConfig
+from mmalign.config import LoraConfig, ModelConfig, ReferenceConfig
 from mmalign.lora import attach_lora, save_lora
 from mmalign.reference import Reference, make_reference
 from mmalign.types import InputError
@@ -29,7 +29,7 @@ def prepare(folder: Path, lora: LoraConfig, **options: Any) -> tuple[DiffusersAd
         attach_lora(adapter.denoiser, lora, seed=0)
     else:
         adapter.denoiser.requires_grad_(True)
-    return adapter, make_reference(adapter, lora, PreferenceConfig(**options))
+    return adapter, make_reference(adapter, lora, ReferenceConfig(**options))
 
 
 @torch.no_grad()
@@ -202,4 +202,4 @@ def test_unusable_options(tiny_sd: Path) -> None:
     with pytest.raises(InputError, match="reference_update_steps"):
         prepare(tiny_sd, LORA, reference_update_steps=0)
     with pytest.raises(ValueError, match="attach a LoRA"):
-        make_reference(load(tiny_sd), LORA, PreferenceConfig())
+        make_reference(load(tiny_sd), LORA, ReferenceConfig())

@@ -9,7 +9,7 @@ from mmalign.adapters._source import FamilyName, find_model
 from mmalign.adapters.lcm import LatentConsistencyAdapter
 from mmalign.adapters.sd import StableDiffusionAdapter
 from mmalign.adapters.sdxl import StableDiffusionXLAdapter
-from mmalign.config import ModelConfig, OfflineConfig
+from mmalign.config import ModelConfig, RunConfig
 from mmalign.lora import fold_lora, load_lora
 
 __all__ = ["DiffusersAdapter", "load_adapter"]
@@ -36,9 +36,7 @@ def load_adapter(
         InputError: model or LoRA do not exist, are damaged, pickled, of an unsupported kind, or do
             not fit together.
     """
-    trains_everything = (
-        for_training and isinstance(config, OfflineConfig) and not config.lora.enabled
-    )
+    trains_everything = for_training and isinstance(config, RunConfig) and not config.lora.enabled
     source = find_model(config, trains_everything=trains_everything)
     adapter = _FAMILIES[source.family].load(source, torch.device(device))
     if config.adapter is not None:

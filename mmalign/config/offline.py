@@ -5,28 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmalign.config.parts import (
-    CurriculumConfig,
-    EvalConfig,
-    LoraConfig,
-    ModelConfig,
-    PairsConfig,
-    PreferenceConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from mmalign.config.parts import CurriculumConfig, PairsConfig, PreferenceConfig, RunConfig
 
 
 @dataclass(kw_only=True)
-class OfflineConfig(ModelConfig, TrainConfig, PreferenceConfig):
+class OfflineConfig(RunConfig, PreferenceConfig):
     """Training from pairs that exist before training starts.
 
     Attributes:
-        lora: what is trained.
         pairs: where pairs come from.
         curriculum: order pairs from easy to hard; random order when omitted.
-        sampling: how evaluation images and samples are made.
-        evaluation: what is measured after training.
         caption_dropout: share of pairs trained with the empty prompt, the same for both sides.
         num_draws: with K > 0 each pair has K fixed (timestep, noise) draws, so that reference
             errors are computed once and cached; 0 draws afresh at every step.
@@ -34,11 +22,8 @@ class OfflineConfig(ModelConfig, TrainConfig, PreferenceConfig):
             memory.
     """
 
-    lora: LoraConfig = field(default_factory=LoraConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     curriculum: CurriculumConfig | None = None
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    evaluation: EvalConfig = field(default_factory=EvalConfig)
     caption_dropout: float = 0.0
     num_draws: int = 0
     split_pair_backward: bool = False

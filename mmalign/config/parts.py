@@ -143,6 +143,22 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True)
+class ReferenceConfig:
+    """Whether the reference moves.
+
+    Attributes:
+        reference_update: move the reference: never, by EMA after every step, or by a copy of the
+            policy every `reference_update_steps` steps.
+        reference_decay: EMA decay of a moving reference.
+        reference_update_steps: interval of copies in optimizer steps.
+    """
+
+    reference_update: Literal["never", "ema", "copy"] = "never"
+    reference_decay: float = 0.999
+    reference_update_steps: int = 500
+
+
+@dataclass(kw_only=True)
 class PreferenceConfig:
     """The preference loss on log-ratios, shared by every preference method.
 
@@ -151,19 +167,12 @@ class PreferenceConfig:
         label_smoothing: assumed share of flipped labels, for `robust`, in [0, 0.5).
         alpha: order of the alpha divergence, for `alpha`.
         offset_scale: multiplies the score margin of each pair, for `offset`.
-        reference_update: move the reference: never, by EMA after every step, or by a copy of the
-            policy every `reference_update_steps` steps.
-        reference_decay: EMA decay of a moving reference.
-        reference_update_steps: interval of copies in optimizer steps.
     """
 
     loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
     alpha: float = 0.5
     offset_scale: float = 1.0
-    reference_update: Literal["never", "ema", "copy"] = "never"
-    reference_decay: float = 0.999
-    reference_update_steps: int = 500
 
 
 @dataclass(kw_only=True)
@@ -260,3 +269,18 @@ class EvalConfig:
     images_per_prompt: int = 4
     rewards: list[RewardConfig] = field(default_factory=list)
     judge: RewardConfig | None = None
+
+
+@dataclass(kw_only=True)
+class RunConfig(ModelConfig, TrainConfig, ReferenceConfig):
+    """Training of an image generator, compared with its base afterwards.
+
+    Attributes:
+        lora: what is trained.
+        sampling: how images are sampled.
+        evaluation: what is measured after training.
+    """
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)

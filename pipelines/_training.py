@@ -1,0 +1,170 @@
+"""A training run of an image generator, from the model folder to the run folder.
+
+Every method gives a `Job`: its steps and their batches. Adapter, reference, trainer, comparison
+with the base and report are wired here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from mmalign.accelerator import make_accelerator
+from mmalign.adapters import load_adapter
+from mmalign.config import RunConfig, dump_config
+from mmalign.data.files import write_bytes
+from mmalign.lora import attach_lora, save_lora
+from mmalign.pipelines._evaluation import (
+    Subject,
+    judge_rewards,
+    measure,
+    results_table,
+    sample_side,
+    write_results,
+)
+from mmalign.reference import Reference, make_reference
+from mmalign.report import RunSummary
+from mmalign.trainer import Trainer
+from mmalign.training_state import Stateful
+from mmalign.types import ImageAdapter, InputError, StepOutput
+
+Step = Callable[[Any], StepOutput]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a method's step works with.
+
+    `state` holds what belongs in the checkpoint besides the weights; a step may add to it.
+    """
+
+    adapter: ImageAdapter
+    reference: Reference
+    accelerator: Accelerator
+    state: dict[str, Stateful]
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters being trained."""
+        return [p for p in self.adapter.denoiser.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a method does.
+
+    Attributes:
+        run: what it works with.
+        step: loss and metrics of one micro-batch.
+        batches: given the number of optimizer steps done, yields the micro-batches that follow.
+        backward: False when `step` calls `accelerator.backward` itself.
+    """
+
+    run: Run
+    step: Step
+    batches: Callable[[int], Iterable[Any]]
+    backward: bool = True
+
+
+def train_and_compare(
+    config: RunConfig,
+    *,
+    method: str,
+    families: Sequence[str],
+    set_up: Callable[[ImageAdapter, Accelerator], Job],
+    started: float,
+) -> RunSummary:
+    """Sample the base, train, save, sample again, compare, and write the run folder.
+
+    Args:
+        config: resolved options.
+        method: name of the method for the summary.
+        families: model families that the method trains.
+        set_up: makes the job from the loaded model, `prepare` included.
+        started: `time.monotonic()` of the beginning.
+
+    Raises:
+        InputError: anything in the options or the model is unusable.
+    """
+    output = Path(config.output_dir)
+    judges = judge_rewards(config.evaluation, config.device)
+    accelerator = make_accelerator(config, cpu=config.device == "cpu")
+    adapter = load_adapter(config, device=accelerator.device)
+    if adapter.family not in families:
+        raise InputError(
+            f"{config.model} is of family {adapter.family}; {method} trains "
+            f"{' and '.join(families)}"
+        )
+    resolved = dump_config(config)
+    write_bytes(output / "config.yaml", resolved.encode())
+    before = sample_side(adapter, config.evaluation, config.sampling, "sample base")
+    job = set_up(adapter, accelerator)
+    trainer = Trainer(
+        config,
+        accelerator=accelerator,
+        module=adapter.denoiser,
+        step=job.step,
+        batches=job.batches,
+        state=job.run.state,
+        on_step=job.run.reference.update,
+        backward=job.backward,
+    )
+    result = trainer.train()
+    adapter.denoiser = accelerator.unwrap_model(adapter.denoiser)
+    with trainer.averaged_weights() if trainer.ema is not None else nullcontext():
+        _save(config, adapter, output)
+        after = sample_side(adapter, config.evaluation, config.sampling, "sample aligned")
+    evaluation = measure(before, after, config.evaluation, judges, config.sampling.seed)
+    subject = Subject(
+        method=method,
+        model=config.model,
+        seed=config.seed,
+        steps=result.step,
+        wall_seconds=time.monotonic() - started,
+        device=str(accelerator.device),
+        config=resolved,
+        warnings=result.warnings,
+        lora=config.lora.enabled,
+    )
+    summary = write_results(output, subject, evaluation)
+    if evaluation is not None:
+        tqdm.write(results_table(evaluation))
+    tqdm.write(f"report: {output / 'report.html'}")
+    return summary
+
+
+def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) -> Run:
+    """Attach what is trained and its reference, then hand the denoiser to accelerate."""
+    denoiser: Any = adapter.denoiser
+    if config.lora.enabled:
+        attach_lora(denoiser, config.lora, config.seed)
+    else:
+        denoiser.requires_grad_(True)
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if config.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    reference = make_reference(adapter, config.lora, config)
+    adapter.denoiser = accelerator.prepare_model(denoiser)
+    state: dict[str, Stateful] = {}
+    if config.reference_update != "never":
+        state["reference"] = reference
+    return Run(adapter=adapter, reference=reference, accelerator=accelerator, state=state)
+
+
+def _save(config: RunConfig, adapter: Any, output: Path) -> None:
+    """Write the adapter, or the whole model after full fine-tuning."""
+    if config.lora.enabled:
+        save_lora(adapter.denoiser, output / "adapter")
+    else:
+        complete = adapter.complete_pipeline(adapter.denoiser)
+        complete.save_pretrained(output / "model", safe_serialization=True)
