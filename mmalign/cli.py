@@ -51,6 +51,20 @@ COMMANDS: dict[Words, Command] = {
     ("train", "diffusion-kto"): Command(
         "DiffusionKtoConfig", "mmalign.pipelines.diffusion_kto:run", "Diffusion-KTO"
     ),
+    ("train", "d3po"): Command(
+        "D3poConfig", "mmalign.pipelines.d3po:run", "D3PO on the model's own samples"
+    ),
+    ("train", "tailorpo"): Command(
+        "TailorpoConfig",
+        "mmalign.pipelines.tailorpo:run",
+        "TailorPO: preferences between candidates of one sampler step",
+    ),
+    ("train", "draft"): Command(
+        "DraftConfig", "mmalign.pipelines.draft:run", "DRaFT: gradient of a differentiable reward"
+    ),
+    ("train", "rocm"): Command(
+        "RocmConfig", "mmalign.pipelines.rocm:run", "ROCM: the same for consistency models"
+    ),
     ("pairs", "build"): Command(
         "PairsBuildConfig",
         "mmalign.pipelines.pairs_build:run",

@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmalign.config import GenerateConfig, OfflineConfig, PairsBuildConfig, TrainConfig, as_path
+from mmalign.config import (
+    GenerateConfig,
+    OfflineConfig,
+    OnlineConfig,
+    PairsBuildConfig,
+    TrainConfig,
+    as_path,
+)
 from mmalign.types import InputError
 
 _INF = math.inf
@@ -17,14 +24,22 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "adam_beta1": (0, 1),
     "adam_beta2": (0, 1),
     "adam_epsilon": (0, _INF),
+    "backprop_steps": (1, _INF),
     "batch_size": (1, _INF),
+    "candidates": (2, _INF),
     "candidates_per_prompt": (2, _INF),
     "caption_dropout": (0, 1),
+    "clip_range": (0, 1),
+    "decode_batch_size": (1, _INF),
+    "divergence_weight": (0, _INF),
     "ema_decay": (0, 1),
     "eta": (0, 1),
+    "first_trained_step": (0, _INF),
     "gradient_accumulation_steps": (1, _INF),
+    "guidance_step_size": (0, _INF),
     "height": (8, _INF),
     "images_per_prompt": (1, _INF),
+    "kl_weight": (0, _INF),
     "label_smoothing": (0, 0.5),
     "learning_rate": (0, _INF),
     "limit": (1, _INF),
@@ -37,6 +52,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "num_ddim_timesteps": (1, _INF),
     "num_draws": (0, _INF),
     "num_inference_steps": (1, _INF),
+    "num_lv_samples": (0, _INF),
     "num_prompts": (1, _INF),
     "num_shards": (1, _INF),
     "num_workers": (0, _INF),
@@ -51,6 +67,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "shard": (0, _INF),
     "stage_steps": (1, _INF),
     "top_k": (2, _INF),
+    "train_steps": (1, _INF),
     "warmup_steps": (0, _INF),
     "weight_decay": (0, _INF),
     "width": (8, _INF),
@@ -148,7 +165,7 @@ def _check_contents(config: object) -> None:
     """Read prompts and the first pairs: most bad files are bad from the start."""
     evaluation = getattr(config, "evaluation", None)
     _check_prompts(getattr(evaluation, "prompts", None))
-    if isinstance(config, GenerateConfig) or (
+    if isinstance(config, GenerateConfig | OnlineConfig) or (
         isinstance(config, PairsBuildConfig) and config.images is None
     ):
         _check_prompts(config.prompts)

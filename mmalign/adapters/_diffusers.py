@@ -134,12 +134,16 @@ class DiffusersAdapter(DdimSteps, ABC):
         """Load the checkpoint again with another denoiser and every part, on CPU."""
         return from_pretrained(self.pipeline_class, self.source, unet=unet)
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels of height or width one latent stands for."""
+        return int(cast(Any, self._pipeline).vae_scale_factor)
+
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return (C, h, w) of the latents of an image; the model's own size when omitted."""
         config = cast(Any, extract_model_from_parallel(self.denoiser)).config
-        factor = cast(Any, self._pipeline).vae_scale_factor
-        sides = (side or config.sample_size * factor for side in (height, width))
-        rows, columns = (side // factor for side in sides)
+        factor = self.pixels_per_latent
+        rows, columns = (side // factor if side else config.sample_size for side in (height, width))
         return config.in_channels, rows, columns
 
     @torch.no_grad()

@@ -1,0 +1,236 @@
+"""Training on images that the policy samples itself.
+
+A method's pipeline gives a function that makes its step. Prompts, their encodings, the sampler and
+the rewards are wired here, the rest of the run in `_training`. All randomness of a step is keyed by
+(seed, step, position, row), so a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmalign.config import OnlineConfig
+from mmalign.data.order import BatchPlan, StepSampler
+from mmalign.data.prompts import read_prompts
+from mmalign.diffusion import SamplerGrid
+from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._training import Job, Run, Step, prepare, train_and_compare
+from mmalign.randomness import Key, keyed_generator
+from mmalign.report import RunSummary
+from mmalign.rewards import load_rewards
+from mmalign.rewards.combine import CombinedReward
+from mmalign.rollout import Sampler, keyed_noise
+from mmalign.types import Condition, ImageAdapter, InputError
+
+ENCODE_BATCH = 32
+DECODE_BATCH = 8
+
+
+class PromptBatch(NamedTuple):
+    """B prompts of one micro-batch.
+
+    `keys` are the keys of each row's draws; `pair_ids` name the rows in messages.
+    """
+
+    prompts: tuple[str, ...]
+    keys: tuple[tuple[Key, ...], ...]
+    pair_ids: tuple[str, ...]
+    condition: Condition
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineRun:
+    """What an online method's step works with.
+
+    Attributes:
+        config: options of the run.
+        run: adapter, reference, accelerator and state.
+        reward: the weighted sum that is trained on.
+        negative: the encoded empty prompt, one row.
+        grid: the sampler's steps.
+    """
+
+    config: OnlineConfig
+    run: Run
+    reward: CombinedReward
+    negative: Condition
+    grid: SamplerGrid
+
+    def sampler(self, batch: PromptBatch) -> Sampler:
+        """Make the sampler of a batch's prompts."""
+        return Sampler(
+            adapter=self.run.adapter,
+            condition=batch.condition,
+            negative=self.negative,
+            grid=self.grid,
+            guidance_scale=self.config.sampling.guidance_scale,
+            eta=self.config.eta,
+            autocast=self.run.accelerator.autocast,
+        )
+
+    def noise(self, batch: PromptBatch, *purpose: Key) -> Tensor:
+        """Draw standard normal latents (B, C, h, w) for a purpose."""
+        size = self.config.sampling
+        shape = self.run.adapter.latent_shape(size.height, size.width)
+        keys = [(*key, *purpose) for key in batch.keys]
+        return keyed_noise(shape, keys, self.run.accelerator.device)
+
+    @torch.no_grad()
+    def score(self, latents: Tensor, batch: PromptBatch, copies: int) -> Tensor:
+        """Score clean latents (copies * B, C, h, w) of the batch's prompts, (copies, B) float32."""
+        parts = (latents[i : i + DECODE_BATCH] for i in range(0, len(latents), DECODE_BATCH))
+        images = torch.cat([self.run.adapter.decode(part) for part in parts])
+        scores = self.reward(images, batch.prompts * copies)
+        return scores.float().to(latents.device).view(copies, -1)
+
+
+def drawn_steps(batch: PromptBatch, candidates: Sequence[int], count: int | None) -> list[int]:
+    """Choose the sampler steps that a micro-batch trains, in order; all when `count` is None."""
+    if count is None or count >= len(candidates):
+        return list(candidates)
+    generator = keyed_generator(*batch.keys[0], "trained steps")
+    chosen = torch.randperm(len(candidates), generator=generator)[:count]
+    return sorted(candidates[index] for index in chosen.tolist())
+
+
+def stochastic_steps(online: OnlineRun) -> list[int]:
+    """List the steps that draw noise, whose latents have a density.
+
+    Raises:
+        InputError: there are none, because `eta` is 0.
+    """
+    latents = torch.zeros(1, 1, 1, 1, device=online.run.accelerator.device)
+    steps = []
+    for index, timestep in enumerate(online.grid.timesteps.tolist()):
+        prev = online.grid.prev_alphas[index : index + 1]
+        move = online.run.adapter.transition(
+            latents, latents, torch.tensor([timestep]), prev, eta=online.config.eta
+        )
+        if float(move.std) > 0:
+            steps.append(index)
+    if not steps:
+        raise InputError("eta: a deterministic sampler has no density to train on; set it above 0")
+    return steps
+
+
+def bridged_rewards(
+    online: OnlineRun, latents: Tensor, prompts: Sequence[str], decode_batch_size: int
+) -> Tensor:
+    """Score clean latents (N, C, h, w) with gradients, (N,), a few images at a time.
+
+    The gradient is taken down to the latents at once and the decoder's graph is freed, so that only
+    one chunk of images is ever held; what is returned carries that gradient on to the sampler.
+    """
+    parts = []
+    for start in range(0, len(latents), decode_batch_size):
+        rows = slice(start, start + decode_batch_size)
+        leaf = latents[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            images = online.run.adapter.decode(leaf)
+            scores = online.reward(images, prompts[rows])
+        (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+        through = ((latents[rows] - leaf.detach()) * gradient).flatten(1).sum(1)
+        parts.append(scores.detach().to(through) + through)
+    return torch.cat(parts)
+
+
+def train_online(
+    config: OnlineConfig,
+    *,
+    method: str,
+    families: Sequence[str],
+    make_step: Callable[[OnlineRun], Step],
+    backward: bool = True,
+    needs_gradient: bool = False,
+) -> RunSummary:
+    """Train on the policy's own samples, then evaluate, and write the run folder.
+
+    Args:
+        config: resolved options.
+        method: name of the method for the summary.
+        families: model families that the method trains.
+        make_step: makes the step from the run.
+        backward: False when the step back-propagates by itself.
+        needs_gradient: the rewards must be differentiable.
+
+    Raises:
+        InputError: anything in the options, the prompts, the rewards or the model is unusable.
+    """
+    started = time.monotonic()
+    prompts = read_prompts(config.prompts, config.num_prompts)
+    reward = CombinedReward(load_rewards(config.rewards, resolve_device(config.device)))
+    if needs_gradient and not reward.differentiable:
+        names = [name for name, item in reward.rewards.items() if not item.differentiable]
+        why = f"{', '.join(names)} is not" if names else "a rank is not"
+        raise InputError(f"rewards: {method} needs differentiable rewards, and {why}")
+
+    def set_up(adapter: ImageAdapter, accelerator: Accelerator) -> Job:
+        grid = adapter.sampler_grid(config.sampling.num_inference_steps)
+        feed = _PromptFeed(config, prompts, adapter, accelerator)
+        online = OnlineRun(
+            config=config,
+            run=prepare(config, adapter, accelerator),
+            reward=reward,
+            negative=feed.negative,
+            grid=grid,
+        )
+        return Job(run=online.run, step=make_step(online), batches=feed.batches, backward=backward)
+
+    return train_and_compare(
+        config, method=method, families=families, set_up=set_up, started=started
+    )
+
+
+class _PromptFeed:
+    """Prompts encoded once, and the micro-batches that follow a step."""
+
+    def __init__(
+        self,
+        config: OnlineConfig,
+        prompts: Sequence[str],
+        adapter: Any,
+        accelerator: Accelerator,
+    ) -> None:
+        self._config, self._prompts, self._accelerator = config, prompts, accelerator
+        _, rows, columns = adapter.latent_shape(config.sampling.height, config.sampling.width)
+        factor = adapter.pixels_per_latent
+        size = {"height": rows * factor, "width": columns * factor}
+        parts = []
+        for start in tqdm(range(0, len(prompts), ENCODE_BATCH), desc="encode prompts"):
+            parts.append(adapter.encode_condition(prompts[start : start + ENCODE_BATCH], **size))
+        self._condition = {k: torch.cat([part[k].cpu() for part in parts]) for k in parts[0]}
+        self.negative = adapter.encode_condition([""], **size)
+
+    def batches(self, start_step: int) -> Iterator[PromptBatch]:
+        """Yield the micro-batches that follow `start_step` optimizer steps."""
+        config = self._config
+        plan = BatchPlan(
+            seed=config.seed,
+            batch_size=config.per_device_train_batch_size,
+            max_steps=config.max_steps,
+            start_step=start_step,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            num_processes=self._accelerator.num_processes,
+            process_index=self._accelerator.process_index,
+        )
+        sampler = StepSampler(len(self._prompts), plan)
+        for step in range(start_step, config.max_steps):
+            for position in plan.positions():
+                yield self._batch(step, position, sampler.batch(step, position))
+
+    def _batch(self, step: int, position: int, indices: list[int]) -> PromptBatch:
+        device = self._accelerator.device
+        return PromptBatch(
+            prompts=tuple(self._prompts[index] for index in indices),
+            keys=tuple((self._config.seed, step, position, row) for row in range(len(indices))),
+            pair_ids=tuple(f"step {step + 1} prompt {index + 1}" for index in indices),
+            condition={k: value[indices].to(device) for k, value in self._condition.items()},
+        )

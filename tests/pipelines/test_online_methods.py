@@ -1,0 +1,217 @@
+"""Every online method trains on tiny checkpoints, with its invariants, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from mmalign.adapters import load_adapter
+from mmalign.config import (
+    D3poConfig,
+    DraftConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    OnlineConfig,
+    RewardConfig,
+    RocmConfig,
+    SamplingConfig,
+    TailorpoConfig,
+)
+from mmalign.pipelines import d3po, draft, rocm, tailorpo
+from mmalign.pipelines._online import OnlineRun, bridged_rewards
+from mmalign.rewards import load_rewards
+from mmalign.rewards.combine import CombinedReward
+from mmalign.types import InputError
+
+RUNS: dict[str, Any] = {
+    "d3po": (D3poConfig, d3po.run, {"clamp": "none"}),
+    "tailorpo": (TailorpoConfig, tailorpo.run, {"train_steps": 2}),
+    "tailorpo-g": (TailorpoConfig, tailorpo.run, {"guidance_step_size": 0.1}),
+    "draft": (DraftConfig, draft.run, {"backprop_steps": 2, "kl_weight": 0.1}),
+    "draft-lv": (DraftConfig, draft.run, {"num_lv_samples": 2, "kl_weight": 0.1}),
+    "rocm": (RocmConfig, rocm.run, {}),
+}
+PREFERENCE = ["d3po", "tailorpo", "tailorpo-g"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("red\na red\nred red\n")
+    return file
+
+
+def train(
+    method: str, model: Path, prompts: Path, output: Path, **more: Any
+) -> list[dict[str, Any]]:
+    config_class, run, extra = RUNS[method]
+    options: dict[str, Any] = {
+        "model": str(model),
+        "output_dir": str(output),
+        "device": "cpu",
+        "offline": True,
+        "prompts": str(prompts),
+        "rewards": [RewardConfig(name="brightness")],
+        "lora": LoraConfig(rank=2),
+        "sampling": SamplingConfig(num_inference_steps=4, guidance_scale=2.0),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        **extra,
+        **more,
+    }
+    config: OnlineConfig = config_class(**options)
+    run(config)
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize("method", PREFERENCE)
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_lcm"])
+def test_first_step_is_at_the_reference(
+    method: str, model: str, prompts: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    lines = train(method, request.getfixturevalue(model), prompts, tmp_path)
+    first, last = lines[0], lines[-1]
+    assert first["ties"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == 0
+    assert last["margin"] != 0
+    assert any(value.abs().max() > 0 for key, value in weights(tmp_path).items() if "lora_B" in key)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["method"], summary["steps"]) == (method, 3)
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [
+        ("draft", "tiny_sd"),
+        ("draft", "tiny_sd_v"),
+        ("draft-lv", "tiny_sd"),
+        ("draft", "tiny_sdxl"),
+        ("draft", "tiny_lcm"),
+        ("draft-lv", "tiny_lcm"),
+        ("rocm", "tiny_lcm"),
+    ],
+)
+def test_reward_gradients_raise_the_reward(
+    method: str, model: str, prompts: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    brightness = RewardConfig(name="brightness")
+    lines = train(
+        method,
+        request.getfixturevalue(model),
+        prompts,
+        tmp_path,
+        max_steps=10,
+        evaluation=EvalConfig(prompts=str(prompts), images_per_prompt=2, rewards=[brightness]),
+    )
+    assert lines[0]["divergence"] == 0
+    assert lines[-1]["divergence"] > 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["after"]["brightness"] > summary["before"]["brightness"]
+
+
+@pytest.mark.parametrize("method", ["d3po", "tailorpo", "draft"])
+def test_resumed_run_ends_where_an_undisturbed_one_does(
+    method: str, tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    whole = train(method, tiny_sd, prompts, tmp_path / "whole", max_steps=4)
+    train(method, tiny_sd, prompts, tmp_path / "parts", max_steps=2)
+    parts = train(
+        method,
+        tiny_sd,
+        prompts,
+        tmp_path / "parts",
+        max_steps=4,
+        resume_from_checkpoint="latest",
+    )
+    assert parts == whole
+    assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), atol=0, rtol=0)
+
+
+def test_d3po_prefers_what_the_reward_prefers(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    lines = train("d3po", tiny_sd, prompts, tmp_path, max_steps=12, candidates=3, beta=10.0)
+    assert sum(line["margin"] for line in lines[-4:]) > 0
+    assert sum(line["rewards/accuracy"] for line in lines[-4:]) / 4 > 0.5
+
+
+@pytest.mark.parametrize("method", ["draft", "tailorpo-g"])
+def test_reward_without_gradient_is_refused(
+    method: str, tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="jpeg"):
+        train(method, tiny_sd, prompts, tmp_path, rewards=[RewardConfig(name="jpeg")])
+
+
+@pytest.mark.parametrize("method", ["d3po", "tailorpo"])
+def test_deterministic_sampler_is_refused(
+    method: str, tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="eta"):
+        train(method, tiny_sd, prompts, tmp_path, eta=0.0)
+
+
+def test_ties_teach_nothing(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    rewards = [RewardConfig(name="tests.pipelines.test_online_methods:same")]
+    lines = train("d3po", tiny_sd, prompts, tmp_path, rewards=rewards)
+    assert [line["ties"] for line in lines] == [1, 1, 1]
+    assert [line["grad_norm"] for line in lines] == [0, 0, 0]
+
+
+def same(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return torch.ones(len(images))
+
+
+def test_options_are_checked(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    for method, more in (
+        ("draft", {"backprop_steps": 5}),
+        ("draft-lv", {"backprop_steps": 2}),
+        ("d3po", {"candidates": 1}),
+        ("tailorpo", {"first_trained_step": 4}),
+        ("rocm", {}),  # not a consistency model
+    ):
+        with pytest.raises(InputError):
+            train(method, tiny_sd, prompts, tmp_path, **more)
+
+
+@pytest.mark.parametrize("decode_batch_size", [1, 2, 3])
+def test_bridged_gradient_is_the_whole_gradient(tiny_sd: Path, decode_batch_size: int) -> None:
+    adapter = load_adapter(ModelConfig(model=str(tiny_sd)), device="cpu")
+    reward = CombinedReward(load_rewards([RewardConfig(name="brightness")]))
+    online: Any = OnlineRun(
+        config=OnlineConfig(),
+        run=type("Run", (), {"adapter": adapter})(),
+        reward=reward,
+        negative={},
+        grid=adapter.sampler_grid(2),
+    )
+    start = torch.randn(
+        3, *adapter.latent_shape(16, 16), generator=torch.Generator().manual_seed(0)
+    )
+    gradients, values = [], []
+    for bridged in (True, False):
+        leaf = start.clone().requires_grad_()
+        latents, prompts = leaf * 2, ["red"] * 3
+        if bridged:
+            rewards = bridged_rewards(online, latents, prompts, decode_batch_size)
+        else:
+            rewards = reward(adapter.decode(latents), prompts)
+        (rewards * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        gradients.append(leaf.grad)
+        values.append(rewards.detach())
+    assert_close(values[0], values[1])
+    assert gradients[1].abs().max() > 0
+    assert_close(gradients[0], gradients[1])
