@@ -17,6 +17,10 @@ CLASSES = {
     "consistency_dpo": options.ConsistencyDpoConfig,
     "diffusion_kto": options.DiffusionKtoConfig,
     "mapo": options.MapoConfig,
+    "d3po": options.D3poConfig,
+    "tailorpo": options.TailorpoConfig,
+    "draft": options.DraftConfig,
+    "rocm": options.RocmConfig,
     "pairs": options.PairsBuildConfig,
     "lcm_pairs": options.PairsBuildConfig,
 }
@@ -46,3 +50,12 @@ def test_evaluation_uses_a_judge_that_does_not_train() -> None:
         assert config.evaluation.judge.name not in {reward.name for reward in build.rewards}
         assert Path(config.evaluation.prompts or "").name == "held_out.txt"
         assert Path(build.prompts).name == "train.txt"
+
+
+def test_online_training_never_sees_the_judge_or_the_held_out_prompts() -> None:
+    for method in ("d3po", "tailorpo", "draft", "rocm"):
+        config = parse_options(CLASSES[method], ["--config", f"shapes_{method}"], command="x")
+        assert config.evaluation.judge is not None
+        assert config.evaluation.judge.name not in {reward.name for reward in config.rewards}
+        assert Path(config.evaluation.prompts or "").name == "held_out.txt"
+        assert Path(config.prompts).name == "train.txt"
