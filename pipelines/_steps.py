@@ -109,6 +109,21 @@ def all_timesteps(adapter: ImageAdapter) -> range:
     return range(len(adapter.alphas_cumprod))
 
 
+def timesteps_between(adapter: ImageAdapter, low: int, high: int | None) -> range:
+    """List the timesteps from `low` to `high`, the schedule's last when omitted.
+
+    Raises:
+        InputError: there are none.
+    """
+    last = len(adapter.alphas_cumprod) - 1
+    high = last if high is None else high
+    if not 0 <= low <= high <= last:
+        raise InputError(
+            f"min_timestep, max_timestep: need 0 <= min <= max <= {last}, got {low} and {high}"
+        )
+    return range(low, high + 1)
+
+
 def make_pair_step(config: OfflineConfig, run: Run, measure: PairMeasure, loss: PairLoss) -> Step:
     """Choose between the joint step and the split one.
 

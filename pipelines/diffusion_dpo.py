@@ -9,7 +9,7 @@ from torch import Tensor
 from mmalign.config import DiffusionDpoConfig
 from mmalign.objectives.diffusion_dpo import diffusion_dpo_loss
 from mmalign.pipelines._offline import Draws, train_offline
-from mmalign.pipelines._steps import DenoisingMeasure, all_timesteps, make_pair_step
+from mmalign.pipelines._steps import DenoisingMeasure, make_pair_step, timesteps_between
 from mmalign.pipelines._training import Run, Step
 
 
@@ -21,7 +21,9 @@ def run(
         config,
         method=method,
         families=("sd", "sdxl"),
-        draws=lambda adapter: Draws(timesteps=all_timesteps(adapter)),
+        draws=lambda adapter: Draws(
+            timesteps=timesteps_between(adapter, config.min_timestep, config.max_timestep)
+        ),
         make_step=lambda run: make_step(config, run),
         started=started,
     )

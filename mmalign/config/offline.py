@@ -37,10 +37,15 @@ class DiffusionDpoConfig(OfflineConfig):
         beta: strength of the pull to the reference, in units of one over a mean squared error.
         beta_convention: `salesforce` multiplies the error difference by beta / 2, `diffusers` by
         beta.
+        min_timestep: smallest scheduler timestep trained at. Raise it where pairs differ in what is
+            in the picture rather than in how it is finished.
+        max_timestep: largest one; the schedule's last when omitted.
     """
 
     beta: float = 5000.0
     beta_convention: Literal["salesforce", "diffusers"] = "salesforce"
+    min_timestep: int = 0
+    max_timestep: int | None = None
 
 
 @dataclass(kw_only=True)
