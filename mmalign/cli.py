@@ -51,6 +51,9 @@ COMMANDS: dict[Words, Command] = {
     ("train", "diffusion-kto"): Command(
         "DiffusionKtoConfig", "mmalign.pipelines.diffusion_kto:run", "Diffusion-KTO"
     ),
+    ("train", "dro"): Command(
+        "DroConfig", "mmalign.pipelines.dro:run", "DRO: good images fitted, bad ones un-fitted"
+    ),
     ("train", "d3po"): Command(
         "D3poConfig", "mmalign.pipelines.d3po:run", "D3PO on the model's own samples"
     ),

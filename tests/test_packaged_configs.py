@@ -17,6 +17,7 @@ CLASSES = {
     "consistency_dpo": options.ConsistencyDpoConfig,
     "diffusion_kto": options.DiffusionKtoConfig,
     "mapo": options.MapoConfig,
+    "dro": options.DroConfig,
     "d3po": options.D3poConfig,
     "tailorpo": options.TailorpoConfig,
     "draft": options.DraftConfig,

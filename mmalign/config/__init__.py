@@ -23,6 +23,7 @@ from mmalign.config.offline import (
     CurriculumDpoConfig,
     DiffusionDpoConfig,
     DiffusionKtoConfig,
+    DroConfig,
     MapoConfig,
     OfflineConfig,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "DiffusionDpoConfig",
     "DiffusionKtoConfig",
     "DraftConfig",
+    "DroConfig",
     "EnvConfig",
     "EvalConfig",
     "EvaluateImageConfig",

@@ -111,3 +111,17 @@ class DiffusionKtoConfig(OfflineConfig):
     kl_estimate: Literal["batch_mean", "balanced_mean", "none"] = "batch_mean"
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+
+@dataclass(kw_only=True)
+class DroConfig(OfflineConfig):
+    """DRO: chosen images are fitted, rejected ones un-fitted.
+
+    Attributes:
+        loser_cap: a rejected image is pushed away until its error exceeds the reference's by this
+            share; without a cap the loss has no lower bound, as in the authors' code.
+        anchor_weight: weight of the squared distance to the reference's error.
+    """
+
+    loser_cap: float | None = 0.1
+    anchor_weight: float = 0.0

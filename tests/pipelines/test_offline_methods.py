@@ -23,6 +23,7 @@ from mmalign.config import (
     CurriculumDpoConfig,
     DiffusionDpoConfig,
     DiffusionKtoConfig,
+    DroConfig,
     LoraConfig,
     MapoConfig,
     OfflineConfig,
@@ -34,6 +35,7 @@ from mmalign.pipelines import (
     curriculum_dpo,
     diffusion_dpo,
     diffusion_kto,
+    dro,
     mapo,
 )
 from mmalign.types import ImageRef, InputError, PreferencePair
@@ -44,6 +46,7 @@ RUNS: dict[str, Any] = {
     "curriculum-dpo": (CurriculumDpoConfig, curriculum_dpo.run),
     "mapo": (MapoConfig, mapo.run),
     "diffusion-kto": (DiffusionKtoConfig, diffusion_kto.run),
+    "dro": (DroConfig, dro.run),
 }
 
 
@@ -140,7 +143,7 @@ def test_first_step_is_at_the_reference(
         assert (tmp_path / name).stat().st_size > 0
 
 
-@pytest.mark.parametrize("method", ["mapo", "diffusion-kto"])
+@pytest.mark.parametrize("method", ["mapo", "diffusion-kto", "dro"])
 def test_other_methods_train(method: str, tiny_sd: Path, pairs: Path, tmp_path: Path) -> None:
     lines = train(method, tiny_sd, pairs, tmp_path)
     assert len(lines) == 3
@@ -284,6 +287,9 @@ def test_folders_of_photographs_and_pickapic_files_train(tiny_sd: Path, tmp_path
         ("consistency-dpo", {}, "is of family sd"),
         ("consistency-dpo", {"num_draws": 2}, "num_draws"),
         ("diffusion-kto", {"split_pair_backward": True}, "couples"),
+        ("dro", {"split_pair_backward": True}, "split_pair_backward"),
+        ("diffusion-dpo", {"min_timestep": 600, "max_timestep": 500}, "min_timestep"),
+        ("diffusion-dpo", {"max_timestep": 1000}, "999"),
         ("diffusion-dpo", {"num_draws": 1, "reference_update": "ema"}, "num_draws"),
     ],
 )
