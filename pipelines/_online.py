@@ -165,6 +165,7 @@ def train_online(
         InputError: anything in the options, the prompts, the rewards or the model is unusable.
     """
     started = time.monotonic()
+    _check_judge(config)
     prompts = read_prompts(config.prompts, config.num_prompts)
     reward = CombinedReward(load_rewards(config.rewards, resolve_device(config.device)))
     if needs_gradient and not reward.differentiable:
@@ -187,6 +188,16 @@ def train_online(
     return train_and_compare(
         config, method=method, families=families, set_up=set_up, started=started
     )
+
+
+def _check_judge(config: OnlineConfig) -> None:
+    judge = config.evaluation.judge
+    for reward in config.rewards:
+        same = judge is not None and (reward.name, reward.options) == (judge.name, judge.options)
+        if same and not reward.eval_only:
+            raise InputError(
+                f"evaluation.judge: {reward.name} is trained on; name a judge no training sees"
+            )
 
 
 class _PromptFeed:

@@ -156,6 +156,12 @@ def test_reward_without_gradient_is_refused(
         train(method, tiny_sd, prompts, tmp_path, rewards=[RewardConfig(name="jpeg")])
 
 
+def test_judge_must_not_train(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    evaluation = EvalConfig(prompts=str(prompts), judge=RewardConfig(name="brightness"))
+    with pytest.raises(InputError, match="judge"):
+        train("draft", tiny_sd, prompts, tmp_path, evaluation=evaluation)
+
+
 @pytest.mark.parametrize("method", ["d3po", "tailorpo"])
 def test_deterministic_sampler_is_refused(
     method: str, tiny_sd: Path, prompts: Path, tmp_path: Path
