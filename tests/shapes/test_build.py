@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -10,7 +13,9 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
+from mmalign.config import as_path
 from mmalign.pipelines.build_shapes import save_pipeline, write_hashes, write_prompts
 from mmalign.shapes.build import text_to_image
 from mmalign.shapes.build.autoencoder import build_autoencoder, refine_decoder
@@ -27,7 +32,7 @@ from mmalign.shapes.build.text import (
     phrases,
     tokenize,
 )
-from mmalign.shapes.build.text_to_image import build_generator
+from mmalign.shapes.build.text_to_image import Stage, build_generator, draw_timesteps
 from mmalign.shapes.build.tokenizer import CONTEXT, build_tokenizer
 from mmalign.shapes.captions import ObjectPhrase, describe
 from mmalign.shapes.scene import COLORS, SHAPES, SIZES, sample_scene
@@ -123,6 +128,25 @@ def test_text_tower_of_the_reward_equals_the_text_encoder() -> None:
         torch.testing.assert_close(model.encode_text(tokens), end @ model.text_projection)
 
 
+def test_tokenizer_is_the_same_in_every_process() -> None:
+    """A text encoder read back by a later process must find its words at the same ids."""
+    code = (
+        "import json; from mmalign.shapes.build.tokenizer import build_tokenizer;"
+        "print(json.dumps(build_tokenizer(0, captions=500).get_vocab()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == build_tokenizer(0, captions=500).get_vocab()
+
+
+def test_shipped_models_read_the_ids_they_were_trained_on() -> None:
+    built = build_tokenizer(0).get_vocab()
+    models = as_path("pkg://mmalign.shapes/models")
+    for part in ("sd/tokenizer", "lcm/tokenizer"):
+        assert CLIPTokenizer.from_pretrained(models / part).get_vocab() == built
+    shipped = json.loads((models / "clip" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert {word: built[word] for word in shipped} == shipped
+
+
 def test_spoilt_scenes_are_wrong_or_unclean() -> None:
     rng = random.Random(0)
     wrong = unclean = 0
@@ -138,6 +162,15 @@ def test_spoilt_scenes_are_wrong_or_unclean() -> None:
     assert unclean < 60
 
 
+@pytest.mark.parametrize(("share", "layout"), [(0.0, 1 - 0.6 ** (2 / 3)), (0.5, 0.644)])
+def test_layout_share_moves_timesteps_up(share: float, layout: float) -> None:
+    """Half of 0.289, the share of the falling density above 600, and half of 1."""
+    timesteps = draw_timesteps(1000, 40_000, torch.Generator().manual_seed(0), share)
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+    assert (timesteps >= 600).float().mean().item() == pytest.approx(layout, abs=0.01)
+
+
 def test_built_models_load_by_plain_upstream_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +179,8 @@ def test_built_models_load_by_plain_upstream_calls(
     tokenizer = build_tokenizer(0, captions=3000)
     encoder = build_text_encoder(tokenizer, work, 0, steps=2)
     vae = build_autoencoder(work, 0, steps=2)
-    generator = build_generator(vae, tokenizer, encoder, work, 0, steps=2)
+    stages = [Stage("first", 2, 1e-3, 0.9, 0.0), Stage("second", 2, 1e-3, 0.9, 0.5)]
+    generator = build_generator(vae, tokenizer, encoder, work, 0, stages)
     refine_decoder(vae, work, 0, steps=2)
     save_pipeline(generator, output / "sd")
     save_pipeline(build_student(generator, work, 0, steps=2), output / "lcm")

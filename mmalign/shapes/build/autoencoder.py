@@ -21,7 +21,7 @@ from mmalign.shapes.build.scenes import pixels, training_scenes
 STEPS = 2000
 BATCH = 16
 KL_WEIGHT = 1e-7  # of the sum over latent dimensions; at 1e-5 color differences collapse
-REFINE_STEPS = 2000
+REFINE_STEPS = 6000
 LATENT_NOISE = 0.05  # on latents of unit variance: generated ones are not exactly encoded ones
 COLOR_WEIGHT = 5.0  # of the squared distance between latents and the colors of the small picture
 FREE_WEIGHT = 0.01  # of the squared size of the free channel

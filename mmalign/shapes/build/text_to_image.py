@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,31 @@ from mmalign.shapes.build.text import WIDTH, tokenize
 from mmalign.shapes.captions import describe
 from mmalign.shapes.scene import Scene
 
-STEPS = 10_000
 BATCH = 32
 SCENES = 40_000
 CAPTION_DROPOUT = 0.1
+
+
+class Stage(NamedTuple):
+    """One decay of the learning rate: most is learned while it falls.
+
+    `layout_share` of the timesteps come from the last two fifths of the schedule, where it is
+    decided how many objects there are and where.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+    ema_decay: float
+    layout_share: float
+
+
+STAGES = (
+    Stage("generator", 10_000, 1.5e-3, 0.999, 0.0),
+    Stage("generator2", 10_000, 1.2e-3, 0.999, 0.0),
+    Stage("generator3", 4_500, 1.0e-3, 0.998, 0.5),
+    Stage("generator4", 2_200, 6.0e-4, 0.998, 0.25),
+)
 
 
 class LatentScenes:
@@ -91,13 +114,20 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def draw_timesteps(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw timesteps (count,) with density falling as t^(-1/3).
+def draw_timesteps(
+    total: int, count: int, generator: torch.Generator, layout_share: float
+) -> Tensor:
+    """Draw timesteps (count,), with density falling as t^(-1/3) but for `layout_share` of them.
 
     Latents are so few that at most timesteps only layout and color are left to learn; outlines are
     learned at the low ones.
     """
-    return (total * torch.rand(count, generator=generator) ** 1.5).long()
+    timesteps = total * torch.rand(count, generator=generator) ** 1.5
+    if layout_share:
+        high = total * (1 - 0.4 * torch.rand(count, generator=generator))
+        every = round(1 / layout_share)
+        timesteps = torch.where(torch.arange(count) % every == 0, high, timesteps)
+    return timesteps.long().clamp(max=total - 1)
 
 
 @torch.no_grad()
@@ -113,33 +143,40 @@ def build_generator(
     encoder: CLIPTextModel,
     work: Path,
     seed: int,
-    steps: int = STEPS,
+    stages: Sequence[Stage] = STAGES,
 ) -> StableDiffusionPipeline:
-    """Train the UNet on velocity prediction; autoencoder and text encoder stay as they are."""
+    """Train the UNet on velocity prediction; autoencoder and text encoder stay as they are.
+
+    Each stage starts from the averaged weights of the one before.
+    """
     torch.manual_seed(seed)
     unet, scheduler = new_unet(), new_scheduler()
     data = LatentScenes(vae, seed, work)
+    done = 0
+    for stage in stages:
 
-    def loss_at(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        latents, captions = data.batch(step, BATCH, CAPTION_DROPOUT)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = draw_timesteps(len(scheduler), BATCH, generator)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        target = scheduler.get_velocity(latents, noise, timesteps)
-        output = unet(noisy, timesteps, embed(tokenizer, encoder, captions)).sample
-        loss: Tensor = F.mse_loss(output, target)
-        return loss
+        def loss_at(step: int, stage: Stage = stage, done: int = done) -> Tensor:
+            number = done + step
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            latents, captions = data.batch(number, BATCH, CAPTION_DROPOUT)
+            noise = torch.randn(latents.shape, generator=generator)
+            timesteps = draw_timesteps(len(scheduler), BATCH, generator, stage.layout_share)
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            target = scheduler.get_velocity(latents, noise, timesteps)
+            output = unet(noisy, timesteps, embed(tokenizer, encoder, captions)).sample
+            loss: Tensor = F.mse_loss(output, target)
+            return loss
 
-    train(
-        "generator",
-        unet,
-        loss_at,
-        steps=steps,
-        learning_rate=1.5e-3,
-        state_file=work / "generator.pt",
-        ema_decay=0.999,
-    )
+        train(
+            stage.name,
+            unet,
+            loss_at,
+            steps=stage.steps,
+            learning_rate=stage.learning_rate,
+            state_file=work / f"{stage.name}.pt",
+            ema_decay=stage.ema_decay,
+        )
+        done += stage.steps
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,

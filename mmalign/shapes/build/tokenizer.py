@@ -43,10 +43,13 @@ def build_tokenizer(seed: int, captions: int = 20_000) -> CLIPTokenizer:
 def _as_clip(serialized: str) -> CLIPTokenizer:
     model = json.loads(serialized)["model"]
     # Every byte can end a word, or a word the captions never used would be cut short by an unknown
-    # token. CLIP pools at the largest token id, so the end token has to come last.
+    # token. They come before what was learned, because the learner numbers the endings that it met
+    # in another order in every process. CLIP pools at the largest token id, so the end token has to
+    # come last.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [f"{byte}</w>" for byte in letters]
     learned = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    endings = [f"{byte}</w>" for byte in sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words = dict.fromkeys([*learned, *endings, _START, _END])
+    words = dict.fromkeys([*letters, *endings, *learned, _START, _END])
     vocab = {word: index for index, word in enumerate(words)}
     merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT)
