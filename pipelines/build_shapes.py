@@ -1,6 +1,6 @@
 """Rebuild everything trained in Shapes world: `python -m mmalign.pipelines.build_shapes --help`.
 
-Every stage resumes where it was stopped (state in `work`). On two CPU cores it takes about three
+Every stage resumes where it was stopped (state in `work`). On two CPU cores it takes about four
 hours. Measured quality goes to the model card and to `quality.json`, hashes of all files to
 `SHA256SUMS`.
 """
