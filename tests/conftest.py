@@ -40,6 +40,13 @@ SCHEDULE = {
 }
 
 
+@pytest.fixture(scope="session")
+def alphas() -> torch.Tensor:
+    """Alpha-bar of Stable Diffusion's schedule, (1000,) float64."""
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+    return (1 - roots.square()).cumprod(0)
+
+
 def make_tokenizer() -> CLIPTokenizer:
     letters = string.ascii_lowercase + string.digits + string.punctuation
     words = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>"]

@@ -17,12 +17,6 @@ def wave(phase: float, *shape: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def alphas() -> Tensor:
-    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-    return (1 - roots.square()).cumprod(0)
-
-
-@pytest.fixture(scope="module")
 def ddim() -> DDIMScheduler:
     return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
 

@@ -31,12 +31,6 @@ def wave(phase: float, *shape: int) -> Tensor:
     return torch.sin(0.1 * torch.arange(count, dtype=torch.float64) + phase).reshape(shape)
 
 
-@pytest.fixture(scope="module")
-def alphas() -> Tensor:
-    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-    return (1 - roots.square()).cumprod(0)
-
-
 def golden_step(output: Tensor, alphas: Tensor) -> Transition:
     """Two steps of a grid of 20: 951 to 901, and the last one, from 1 to alpha-bar of 0."""
     return ddim_transition(

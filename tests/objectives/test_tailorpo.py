@@ -16,12 +16,6 @@ Wave = Callable[..., Tensor]
 SHAPE = (2, 4, 2, 2)
 
 
-@pytest.fixture(scope="module")
-def alphas() -> Tensor:
-    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-    return (1 - roots.square()).cumprod(0)
-
-
 def step(output: Tensor, noisy: Tensor, alphas: Tensor) -> Transition:
     """The steps 951 -> 901 and 1 -> alpha-bar of 0 of a grid of 20."""
     return ddim_transition(
