@@ -105,7 +105,7 @@ def roll_out(
     record = [latents]
     for step in range(first, len(sampler)):
         move = sampler.transition(latents, step)
-        latents = move.draw(noise(step)) if bool((move.std > 0).any()) else move.mean
+        latents = _advance(move, noise, step)
         record.append(latents)
     return Trajectory([item.cpu() for item in record] if offload else record)
 
@@ -142,5 +142,10 @@ def differentiable_sample(
             move = sampler.step(output, latents, step)
             if torch.is_grad_enabled():
                 taken.append((step, latents, output))
-            latents = move.draw(noise(step)) if bool((move.std > 0).any()) else move.mean
+            latents = _advance(move, noise, step)
     return latents, taken
+
+
+def _advance(move: Transition, noise: Noise, step: int) -> Tensor:
+    """Draw the next latents; a deterministic step asks for no noise."""
+    return move.draw(noise(step)) if bool((move.std > 0).any()) else move.mean

@@ -20,9 +20,9 @@ from mmalign.config import OfflineConfig
 from mmalign.data.batch import PairBatch, PairCollator, StepDataset
 from mmalign.data.cache import CachedPairs, LivePairs, precompute
 from mmalign.data.curriculum import CurriculumSampler, curriculum_stages
-from mmalign.data.order import BatchPlan, StepSampler
+from mmalign.data.order import StepSampler
 from mmalign.data.readers import PairTable, read_pairs
-from mmalign.pipelines._training import Job, Run, Step, prepare, train_and_compare
+from mmalign.pipelines._training import Job, Run, Step, batch_plan, prepare, train_and_compare
 from mmalign.report import RunSummary
 from mmalign.types import ImageAdapter, InputError, StepOutput
 
@@ -151,15 +151,7 @@ class _Feed:
 
     def _sampler(self, start_step: int) -> StepSampler:
         config = self._config
-        plan = BatchPlan(
-            seed=config.seed,
-            batch_size=config.per_device_train_batch_size,
-            max_steps=config.max_steps,
-            start_step=start_step,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            num_processes=self._accelerator.num_processes,
-            process_index=self._accelerator.process_index,
-        )
+        plan = batch_plan(config, self._accelerator, start_step)
         if self._stages is None or config.curriculum is None:
             return StepSampler(len(self._pairs), plan)
         return CurriculumSampler(self._stages, config.curriculum.stage_steps, plan)

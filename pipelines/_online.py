@@ -8,7 +8,7 @@ the rewards are wired here, the rest of the run in `_training`. All randomness o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,18 +17,19 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmalign.config import OnlineConfig
-from mmalign.data.order import BatchPlan, StepSampler
+from mmalign.config import OnlineConfig, TrajectoryConfig
+from mmalign.data.order import StepSampler
 from mmalign.data.prompts import read_prompts
 from mmalign.diffusion import SamplerGrid
+from mmalign.objectives.d3po import d3po_loss
 from mmalign.pipelines._evaluation import resolve_device
-from mmalign.pipelines._training import Job, Run, Step, prepare, train_and_compare
+from mmalign.pipelines._training import Job, Run, Step, batch_plan, prepare, train_and_compare
 from mmalign.randomness import Key, keyed_generator
 from mmalign.report import RunSummary
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import CombinedReward
 from mmalign.rollout import Sampler, keyed_noise
-from mmalign.types import Condition, ImageAdapter, InputError
+from mmalign.types import Condition, ImageAdapter, InputError, LogRatios
 
 ENCODE_BATCH = 32
 DECODE_BATCH = 8
@@ -119,6 +120,24 @@ def stochastic_steps(online: OnlineRun) -> list[int]:
     if not steps:
         raise InputError("eta: a deterministic sampler has no density to train on; set it above 0")
     return steps
+
+
+def trajectory_loss(
+    config: TrajectoryConfig, logratios: LogRatios
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Apply the configured loss to log-ratios of one sampler step."""
+    return d3po_loss(
+        logratios,
+        beta=config.beta,
+        preference=config,
+        clip_range=config.clip_range,
+        clamp=config.clamp,
+    )
+
+
+def mean_metrics(logged: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Average the metrics of several sampler steps."""
+    return {name: torch.stack([step[name] for step in logged]).mean() for name in logged[0]}
 
 
 def bridged_rewards(
@@ -223,15 +242,7 @@ class _PromptFeed:
     def batches(self, start_step: int) -> Iterator[PromptBatch]:
         """Yield the micro-batches that follow `start_step` optimizer steps."""
         config = self._config
-        plan = BatchPlan(
-            seed=config.seed,
-            batch_size=config.per_device_train_batch_size,
-            max_steps=config.max_steps,
-            start_step=start_step,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            num_processes=self._accelerator.num_processes,
-            process_index=self._accelerator.process_index,
-        )
+        plan = batch_plan(config, self._accelerator, start_step)
         sampler = StepSampler(len(self._prompts), plan)
         for step in range(start_step, config.max_steps):
             for position in plan.positions():

@@ -22,6 +22,7 @@ from mmalign.accelerator import make_accelerator
 from mmalign.adapters import load_adapter
 from mmalign.config import RunConfig, dump_config
 from mmalign.data.files import write_bytes
+from mmalign.data.order import BatchPlan
 from mmalign.lora import attach_lora, save_lora
 from mmalign.pipelines._evaluation import (
     Subject,
@@ -73,6 +74,19 @@ class Job:
     step: Step
     batches: Callable[[int], Iterable[Any]]
     backward: bool = True
+
+
+def batch_plan(config: RunConfig, accelerator: Accelerator, start_step: int) -> BatchPlan:
+    """Divide the steps from `start_step` into this process's forwards."""
+    return BatchPlan(
+        seed=config.seed,
+        batch_size=config.per_device_train_batch_size,
+        max_steps=config.max_steps,
+        start_step=start_step,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
 
 
 def train_and_compare(

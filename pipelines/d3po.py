@@ -7,20 +7,22 @@ rewards call a tie teaches nothing.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmalign.config import D3poConfig
 from mmalign.diffusion import transition_logratio
-from mmalign.objectives.d3po import best_and_worst, d3po_loss
+from mmalign.objectives.d3po import best_and_worst
 from mmalign.pipelines._online import (
     OnlineRun,
     PromptBatch,
     drawn_steps,
+    mean_metrics,
     stochastic_steps,
     train_online,
+    trajectory_loss,
 )
 from mmalign.pipelines._training import Step
 from mmalign.rollout import Sampler, roll_out
@@ -68,7 +70,7 @@ def make_step(config: D3poConfig, online: OnlineRun) -> Step:
         losses, logged = [], []
         for index in steps:
             latents, after = (trajectories.latents[i][rows] for i in (index, index + 1))
-            loss, metrics = _step_loss(config, online, both, (latents, after, index))
+            loss, metrics = _step_loss(config, online, both, latents, after, index)
             loss = (loss * pairs.decided).mean()
             online.run.accelerator.backward(loss / len(steps))
             losses.append(loss.detach())
@@ -76,7 +78,7 @@ def make_step(config: D3poConfig, online: OnlineRun) -> Step:
         return StepOutput(
             torch.stack(losses).mean(),
             {
-                **{k: torch.stack([m[k] for m in logged]).mean() for k in logged[0]},
+                **mean_metrics(logged),
                 "reward": pairs.reward,
                 "ties": 1 - pairs.decided.mean(),
             },
@@ -107,18 +109,16 @@ def _compare(config: D3poConfig, online: OnlineRun, batch: PromptBatch, clean: T
 
 
 def _step_loss(
-    config: D3poConfig, online: OnlineRun, sampler: Sampler, moves: tuple[Tensor, Tensor, int]
-) -> tuple[Tensor, dict[str, Any]]:
+    config: D3poConfig,
+    online: OnlineRun,
+    sampler: Sampler,
+    latents: Tensor,
+    after: Tensor,
+    index: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the loss of each pair at one sampler step of `[chosen; rejected]` trajectories."""
-    latents, after, index = moves
     with torch.no_grad(), online.run.reference.active():
         reference = sampler.transition(latents, index)
     policy = sampler.transition(latents, index)
     ratio = transition_logratio(after, policy, reference, reduction=config.reduction)
-    return d3po_loss(
-        LogRatios(*ratio.chunk(2)),
-        beta=config.beta,
-        preference=config,
-        clip_range=config.clip_range,
-        clamp=config.clamp,
-    )
+    return trajectory_loss(config, LogRatios(*ratio.chunk(2)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmalign.config import DroConfig
 from mmalign.objectives.dro import dro_loss
 from mmalign.pipelines._offline import Draws, train_offline
-from mmalign.pipelines._steps import DenoisingMeasure, make_pair_step, timesteps_between
+from mmalign.pipelines._steps import DenoisingMeasure, all_timesteps, make_pair_step
 from mmalign.pipelines._training import Run, Step
 from mmalign.types import InputError
 
@@ -27,7 +27,7 @@ def run(config: DroConfig) -> None:
         config,
         method="dro",
         families=("sd", "sdxl"),
-        draws=lambda adapter: Draws(timesteps=timesteps_between(adapter, 0, None)),
+        draws=lambda adapter: Draws(timesteps=all_timesteps(adapter)),
         make_step=lambda run: make_step(config, run),
     )
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from mmalign.config import TailorpoConfig
 from mmalign.diffusion import Transition
-from mmalign.objectives.d3po import d3po_loss
 from mmalign.objectives.tailorpo import guided_latents, tailorpo_logratios
 from mmalign.pipelines._online import (
     OnlineRun,
     PromptBatch,
     drawn_steps,
+    mean_metrics,
     stochastic_steps,
     train_online,
+    trajectory_loss,
 )
 from mmalign.pipelines._training import Step
 from mmalign.randomness import keyed_generator
@@ -75,24 +76,17 @@ def make_step(config: TailorpoConfig, online: OnlineRun) -> Step:
             policy = sampler.transition(latents, index)
             with torch.no_grad(), online.run.reference.active():
                 reference = sampler.transition(latents, index)
-            pair = _candidates(config, online, batch, sampler, (policy, index))
+            pair = _candidates(config, online, batch, sampler, policy, index)
             ratios = tailorpo_logratios(
                 pair.chosen, pair.rejected, policy, reference, reduction=config.reduction
             )
-            loss, metrics = d3po_loss(
-                ratios,
-                beta=config.beta,
-                preference=config,
-                clip_range=config.clip_range,
-                clamp=config.clamp,
-            )
+            loss, metrics = trajectory_loss(config, ratios)
             loss = (loss * pair.decided).mean()
             online.run.accelerator.backward(loss / len(trained))
             losses.append(loss.detach())
             logged.append({**metrics, "reward": pair.reward, "ties": 1 - pair.decided.mean()})
             latents = _continuation(config, batch, pair, index)
-        means = {k: torch.stack([m[k] for m in logged]).mean() for k in logged[0]}
-        return StepOutput(torch.stack(losses).mean(), means)
+        return StepOutput(torch.stack(losses).mean(), mean_metrics(logged))
 
     return step
 
@@ -102,10 +96,10 @@ def _candidates(
     online: OnlineRun,
     batch: PromptBatch,
     sampler: Sampler,
-    step: tuple[Transition, int],
+    policy: Transition,
+    index: int,
 ) -> Candidates:
     """Draw two next latents of a step and rank them."""
-    policy, index = step
     one, two = (policy.draw(online.noise(batch, "step", index, k)).detach() for k in (0, 1))
     both = sampler.rows(torch.arange(len(batch.prompts)).repeat(2))
     with torch.no_grad():
@@ -113,7 +107,7 @@ def _candidates(
     first = (scores[0] >= scores[1]).view(-1, 1, 1, 1)
     chosen, rejected = torch.where(first, one, two), torch.where(first, two, one)
     if config.guidance_step_size > 0:
-        chosen = _guided(config, online, batch, sampler, (chosen, index + 1))
+        chosen = _guided(config, online, batch, sampler, chosen, index + 1)
     decided = (scores[0] != scores[1]).float()
     return Candidates(chosen, rejected, decided, scores.mean())
 
@@ -128,10 +122,10 @@ def _guided(
     online: OnlineRun,
     batch: PromptBatch,
     sampler: Sampler,
-    place: tuple[Tensor, int],
+    latents: Tensor,
+    index: int,
 ) -> Tensor:
     """Move latents up the gradient of the reward of the image they predict."""
-    latents, index = place
     leaf = latents.detach().requires_grad_()
     with torch.enable_grad():
         images = online.run.adapter.decode(_predicted(sampler, leaf, index))

@@ -13,7 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import diffusers
 import torch
@@ -27,10 +27,8 @@ from torch import Tensor, nn
 from mmalign.adapters._ddim import DdimSteps
 from mmalign.adapters._source import ModelSource, first_line
 from mmalign.config import SamplingConfig
-from mmalign.diffusion import add_noise
+from mmalign.diffusion import PredictionType, add_noise
 from mmalign.types import Condition, InputError, LatentMoments
-
-PredictionType = Literal["epsilon", "v_prediction"]
 
 
 class DiffusersAdapter(DdimSteps, ABC):

@@ -33,6 +33,7 @@ from mmalign.config.online import (
     OnlineConfig,
     RocmConfig,
     TailorpoConfig,
+    TrajectoryConfig,
 )
 from mmalign.config.parts import (
     ATTENTION_TARGETS,
@@ -90,6 +91,7 @@ __all__ = [
     "ScoreConfig",
     "TailorpoConfig",
     "TrainConfig",
+    "TrajectoryConfig",
     "as_path",
     "dump_config",
 ]

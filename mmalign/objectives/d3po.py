@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import PreferenceConfig
-from mmalign.objectives.preference import preference_loss
+from mmalign.objectives.preference import preference_loss, preference_metrics
 from mmalign.types import LogRatios
 
 Clamp = Literal["both", "one_sided", "none"]
@@ -72,9 +72,7 @@ def d3po_loss(
     clamped = clamp_logratios(logratios, clip_range=clip_range, clamp=clamp)
     loss, _ = preference_loss(clamped, beta=beta, config=preference, score_margins=score_margins)
     with torch.no_grad():
-        _, metrics = preference_loss(
-            logratios, beta=beta, config=preference, score_margins=score_margins
-        )
+        metrics = preference_metrics(logratios, beta=beta)
         pairs = zip(logratios, clamped, strict=True)
         metrics["clamped"] = torch.stack([(a != b).float().mean() for a, b in pairs]).mean()
     return loss, metrics
