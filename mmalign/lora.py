@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): attach, save, load, export.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): attach, save, load.
 
 An update of rank r adds (alpha / r) B A x to a layer, with A (r, in) and B (out, r); the B of a
 convolution is 1 x 1. Files hold PEFT's own keys and the settings they need, so that plain
@@ -11,30 +11,24 @@ update are used, and pickles are refused.
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import diffusers
 import peft
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, fuse_text_encoder_lora
-from diffusers.utils import convert_state_dict_to_kohya
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmalign.config import LoraConfig, as_path
@@ -50,17 +44,6 @@ _SWITCHES = ("use_rslora", "use_dora", "lora_bias")
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
-class MergeableAdapter(Protocol):
-    """What `export_merged` needs of an adapter: its pipeline, and a fresh one around a denoiser."""
-
-    denoiser: nn.Module
-
-    @property
-    def pipeline(self) -> DiffusionPipeline: ...  # noqa: D102
-
-    def complete_pipeline(self, unet: nn.Module) -> DiffusionPipeline: ...  # noqa: D102
-
-
 @dataclass(frozen=True)
 class LoraFile:
     """A LoRA as read from a file: tensors by key, and the accepted settings by `component.name`."""
@@ -74,10 +57,11 @@ def attach_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
     """Freeze `denoiser` and add a trainable LoRA that changes nothing yet.
 
     A is drawn from a normal distribution of standard deviation 1 / rank, keyed by (seed, layer),
-    and B is 0. The LoRA is float32 whatever the dtype of the denoiser.
+    and B is 0, unless `config.init_from` names a LoRA to go on from. The LoRA is float32 whatever
+    the dtype of the denoiser.
 
     Raises:
-        InputError: rank, alpha or targets are unusable.
+        InputError: rank, alpha or targets are unusable, or are not those of `config.init_from`.
     """
     if config.rank < 1 or (config.alpha is not None and config.alpha <= 0):
         raise InputError(
@@ -101,6 +85,25 @@ def attach_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
         with torch.no_grad():
             down.weight.copy_(draw / config.rank)
             up.weight.zero_()
+    if config.init_from is not None:
+        _go_on(denoiser, config, read_lora(config.init_from))
+
+
+def _go_on(denoiser: nn.Module, config: LoraConfig, file: LoraFile) -> None:
+    """Put a file's weights into a LoRA of the same shape and scale."""
+    shapes = {
+        name: tensor.shape
+        for name, tensor in get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME).items()
+    }
+    found = {name.removeprefix("unet."): tensor for name, tensor in file.tensors.items()}
+    alpha = float(config.rank if config.alpha is None else config.alpha)
+    same = {name: tensor.shape for name, tensor in found.items()} == shapes
+    if not same or float(file.settings.get("unet.lora_alpha", config.rank)) != alpha:
+        raise InputError(
+            f"lora.init_from: {file.path} has another rank, alpha or other layers than lora.rank, "
+            "lora.alpha and lora.targets say"
+        )
+    set_peft_model_state_dict(denoiser, found, adapter_name=ADAPTER_NAME)
 
 
 def save_lora(denoiser: nn.Module, folder: Path | str) -> Path:
@@ -186,73 +189,6 @@ def fold_lora(unet: nn.Module) -> None:
     model = cast(Any, unet)
     model.fuse_lora(adapter_names=[ADAPTER_NAME])
     model.unload_lora()
-
-
-def export_kohya(adapter: Path | str, file: Path | str) -> Path:
-    """Write a LoRA in the format of kohya's scripts, which A1111 and ComfyUI read.
-
-    Every layer gets its alpha, with which readers multiply by alpha / rank.
-
-    Args:
-        adapter: folder or file of a LoRA with PEFT's keys, as `save_lora` writes them.
-        file: `.safetensors` file to write.
-
-    Raises:
-        InputError: the LoRA cannot be read, has other keys, or `file` cannot be written.
-    """
-    lora = read_lora(adapter)
-    if not all(".lora_A." in name or ".lora_B." in name for name in lora.tensors):
-        raise InputError(f"{lora.path}: has other keys than PEFT's; only such files are exported")
-    converted: dict[str, Tensor] = convert_state_dict_to_kohya(dict(lora.tensors))
-    for name, tensor in lora.tensors.items():
-        if ".lora_A." in name:
-            module = name.split(".lora_A.")[0]
-            component, _, inside = module.partition(".")
-            # diffusers' converter writes the rank as alpha, which doubles or halves a LoRA.
-            key = f"{_KOHYA_PREFIX[component]}_{inside.replace('.', '_')}.alpha"
-            converted[key] = torch.tensor(_kohya_alpha(lora, component, inside, len(tensor)))
-    target = Path(file)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(converted, target, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{target}: cannot be written: {error}") from error
-    return target
-
-
-def export_merged(adapter: MergeableAdapter, folder: Path | str) -> None:
-    """Write a complete checkpoint in diffusers' format with the LoRA folded into the weights.
-
-    Weights are folded in float32 and written in the dtype of the loaded model.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    unet = _merged(extract_model_from_parallel(adapter.denoiser))
-    pipeline: Any = adapter.complete_pipeline(unet)
-    current: Any = adapter.pipeline
-    for name in _COMPONENTS[1:]:
-        if getattr(getattr(current, name, None), "peft_config", None):
-            setattr(pipeline, name, _merged(getattr(current, name)))
-    try:
-        pipeline.save_pretrained(folder, safe_serialization=True)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be written: {error}") from error
-
-
-_KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-
-
-def _merged(model: nn.Module) -> nn.Module:
-    """Copy a model with its LoRA folded in, on CPU."""
-    dtype = next(model.parameters()).dtype
-    merged = copy.deepcopy(model).cpu().float()
-    fuse_text_encoder_lora(merged, adapter_names=[ADAPTER_NAME])
-    recurse_remove_peft_layers(merged)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(merged, attribute):
-            delattr(merged, attribute)
-    return merged.to(dtype)
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -383,15 +319,6 @@ def _silent_diffusers() -> Iterator[None]:
         yield
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
-
-
-def _kohya_alpha(lora: LoraFile, component: str, module: str, rank: int) -> float:
-    """Return the alpha with which alpha / rank is the scale of PEFT."""
-    settings = lora.settings
-    pattern: dict[str, float] = settings.get(f"{component}.alpha_pattern", {})
-    default = float(settings.get(f"{component}.lora_alpha", rank))
-    alpha = float(pattern.get(get_pattern_key(list(pattern), module), default))
-    return alpha * math.sqrt(rank) if settings.get(f"{component}.use_rslora") else alpha
 
 
 def _first_line(error: BaseException) -> str:

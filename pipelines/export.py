@@ -36,13 +36,13 @@ def run(config: ExportConfig) -> None:
 
 
 def _kohya(adapter: str, output: Path) -> None:
-    from mmalign.lora import export_kohya
+    from mmalign.lora_export import export_kohya
 
     export_kohya(adapter, output)
 
 
 def _merged(config: ExportConfig, output: Path) -> None:
     from mmalign.adapters import load_adapter
-    from mmalign.lora import export_merged
+    from mmalign.lora_export import export_merged
 
     export_merged(load_adapter(config, device="cpu", for_training=False), output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmalign.adapters import DiffusersAdapter, load_adapter
-from mmalign.config import ATTENTION_TARGETS, LoraConfig, ModelConfig, SamplingConfig
+from mmalign.config import (
+    ATTENTION_TARGETS,
+    LoraConfig,
+    ModelConfig,
+    ReferenceConfig,
+    SamplingConfig,
+)
 from mmalign.lora import (
     WEIGHTS_NAME,
     attach_lora,
-    export_kohya,
-    export_merged,
     fold_lora,
     read_lora,
     save_lora,
 )
+from mmalign.lora_export import export_kohya, export_merged
+from mmalign.reference import make_reference
 from mmalign.types import InputError
 
 CONVOLUTIONS = ["conv1", "conv2", "conv", "conv_shortcut", "proj_in", "time_emb_proj"]
@@ -126,6 +133,32 @@ def test_a_lora_loaded_for_training_becomes_part_of_the_model(model: Path, tmp_p
     assert not any("lora" in name for name, _ in adapter.denoiser.named_parameters())
     attach_lora(adapter.denoiser, LORAS["attention"], seed=1)
     torch.testing.assert_close(sample(adapter), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_a_lora_goes_on_from_a_file(model: Path, lora: LoraConfig, tmp_path: Path) -> None:
+    before = trained(model, lora)
+    save_lora(before.denoiser, tmp_path)
+    adapter = load(model)
+    attach_lora(adapter.denoiser, replace(lora, init_from=str(tmp_path)), seed=5)
+    assert torch.equal(sample(adapter), sample(before))
+    reference = make_reference(adapter, lora, ReferenceConfig())
+    with reference.active():
+        assert torch.equal(sample(adapter), sample(load(model)))
+    assert all("lora" in n for n, p in adapter.denoiser.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"rank": 3}, {"alpha": 4.0}, {"targets": ["to_q"]}], ids=lambda change: str(change)
+)
+def test_a_lora_of_another_shape_is_not_gone_on_from(
+    tiny_sd: Path, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    lora = LoraConfig(rank=2)
+    save_lora(trained(tiny_sd, lora).denoiser, tmp_path)
+    config = replace(lora, init_from=str(tmp_path), **changed)
+    with pytest.raises(InputError, match=r"lora\.init_from: .* has another rank, alpha or other"):
+        attach_lora(load(tiny_sd).denoiser, config, seed=0)
 
 
 @pytest.mark.parametrize("name", ["attention", "alpha is not rank"])

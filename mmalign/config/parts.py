@@ -59,12 +59,15 @@ class LoraConfig:
         rank: rank r of the update.
         alpha: scaling numerator, the update is multiplied by alpha / rank; `rank` when omitted.
         targets: module name suffixes, as peft's `target_modules`.
+        init_from: folder or file of a LoRA of this rank, alpha and targets to go on from; the
+            reference stays the model without it.
     """
 
     enabled: bool = True
     rank: int = 8
     alpha: float | None = None
     targets: list[str] = field(default_factory=lambda: list(ATTENTION_TARGETS))
+    init_from: str | None = None
 
 
 @dataclass(kw_only=True)
