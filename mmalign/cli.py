@@ -54,6 +54,11 @@ COMMANDS: dict[Words, Command] = {
     ("train", "dro"): Command(
         "DroConfig", "mmalign.pipelines.dro:run", "DRO: good images fitted, bad ones un-fitted"
     ),
+    ("train", "online-dpo"): Command(
+        "OnlineDpoConfig",
+        "mmalign.pipelines.online_dpo:run",
+        "Diffusion-DPO in rounds, on the model's own new pairs",
+    ),
     ("train", "d3po"): Command(
         "D3poConfig", "mmalign.pipelines.d3po:run", "D3PO on the model's own samples"
     ),

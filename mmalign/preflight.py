@@ -13,6 +13,7 @@ from mmalign.config import (
     GenerateConfig,
     OfflineConfig,
     OnlineConfig,
+    OnlineDpoConfig,
     PairsBuildConfig,
     TrainConfig,
     as_path,
@@ -63,6 +64,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "reference_decay": (0, 1),
     "reference_update_steps": (1, _INF),
     "resolution": (8, _INF),
+    "rounds": (1, _INF),
     "save_steps": (0, _INF),
     "save_total_limit": (1, _INF),
     "seed": (0, 2**63 - 1),
@@ -92,6 +94,8 @@ def check_config(config: object) -> None:
         leaf = name.rpartition(".")[2]
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_number(name, value, *RANGES.get(leaf, (-_INF, _INF)))
+        elif name == "pairs.path" and isinstance(config, OnlineDpoConfig):
+            continue  # every round makes its own
         elif isinstance(value, str) and leaf in INPUT_PATHS:
             _check_input(name, value)
         elif isinstance(value, str) and leaf in MODELS:
@@ -171,7 +175,9 @@ def _check_contents(config: object) -> None:
         isinstance(config, PairsBuildConfig) and config.images is None
     ):
         _check_prompts(config.prompts)
-    if isinstance(config, OfflineConfig) and config.pairs.on_bad_row == "stop":
+    if isinstance(config, OnlineDpoConfig):
+        _check_prompts(config.candidates.prompts)
+    elif isinstance(config, OfflineConfig) and config.pairs.on_bad_row == "stop":
         from mmalign.data.readers import read_pairs
 
         limit = min(config.pairs.limit or PREVIEW_ROWS, PREVIEW_ROWS)

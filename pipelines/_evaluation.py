@@ -78,6 +78,21 @@ def resolve_device(name: str) -> str:
     return accelerator.type if accelerator is not None else "cpu"
 
 
+def check_judge(rewards: Sequence[RewardConfig], config: EvalConfig) -> None:
+    """Refuse a judge that is trained on.
+
+    Raises:
+        InputError: one of the training rewards is the judge.
+    """
+    judge = config.judge
+    for reward in rewards:
+        same = judge is not None and (reward.name, reward.options) == (judge.name, judge.options)
+        if same and not reward.eval_only:
+            raise InputError(
+                f"evaluation.judge: {reward.name} is trained on; name a judge no training sees"
+            )
+
+
 def judge_rewards(config: EvalConfig, device: str) -> Judges:
     """Load the rewards and the judge of an evaluation.
 

@@ -22,7 +22,7 @@ from mmalign.data.order import StepSampler
 from mmalign.data.prompts import read_prompts
 from mmalign.diffusion import SamplerGrid
 from mmalign.objectives.d3po import d3po_loss
-from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._evaluation import check_judge, resolve_device
 from mmalign.pipelines._training import Job, Run, Step, batch_plan, prepare, train_and_compare
 from mmalign.randomness import Key, keyed_generator
 from mmalign.report import RunSummary
@@ -184,7 +184,7 @@ def train_online(
         InputError: anything in the options, the prompts, the rewards or the model is unusable.
     """
     started = time.monotonic()
-    _check_judge(config)
+    check_judge(config.rewards, config.evaluation)
     prompts = read_prompts(config.prompts, config.num_prompts)
     reward = CombinedReward(load_rewards(config.rewards, resolve_device(config.device)))
     if needs_gradient and not reward.differentiable:
@@ -207,16 +207,6 @@ def train_online(
     return train_and_compare(
         config, method=method, families=families, set_up=set_up, started=started
     )
-
-
-def _check_judge(config: OnlineConfig) -> None:
-    judge = config.evaluation.judge
-    for reward in config.rewards:
-        same = judge is not None and (reward.name, reward.options) == (judge.name, judge.options)
-        if same and not reward.eval_only:
-            raise InputError(
-                f"evaluation.judge: {reward.name} is trained on; name a judge no training sees"
-            )
 
 
 class _PromptFeed:

@@ -31,12 +31,14 @@ from mmalign.config.online import (
     D3poConfig,
     DraftConfig,
     OnlineConfig,
+    OnlineDpoConfig,
     RocmConfig,
     TailorpoConfig,
     TrajectoryConfig,
 )
 from mmalign.config.parts import (
     ATTENTION_TARGETS,
+    CandidatesConfig,
     CurriculumConfig,
     EvalConfig,
     Family,
@@ -56,6 +58,7 @@ from mmalign.config.parts import (
 
 __all__ = [
     "ATTENTION_TARGETS",
+    "CandidatesConfig",
     "ConsistencyDpoConfig",
     "CurriculumConfig",
     "CurriculumDpoConfig",
@@ -77,6 +80,7 @@ __all__ = [
     "OfflineConfig",
     "OnBadRow",
     "OnlineConfig",
+    "OnlineDpoConfig",
     "PairRule",
     "PairsBuildConfig",
     "PairsCheckConfig",

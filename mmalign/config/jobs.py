@@ -6,45 +6,29 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmalign.config.parts import (
+    CandidatesConfig,
     EvalConfig,
     ModelConfig,
     OnBadRow,
-    PairRule,
-    RewardConfig,
     SamplingConfig,
 )
 
 
 @dataclass(kw_only=True)
-class PairsBuildConfig(ModelConfig):
+class PairsBuildConfig(ModelConfig, CandidatesConfig):
     """Candidates, scores, then pairs.
 
     Attributes:
-        prompts: prompt file; with `images` given, names which image belongs to which prompt.
-        images: folder of existing candidates instead of sampling from `model`.
+        images: folder of existing candidates instead of sampling from `model`; `prompts` then
+            names which image belongs to which prompt.
         output: folder that receives candidates, scores and `metadata.jsonl`.
-        rewards: rewards that rank the candidates.
-        candidates_per_prompt: N.
-        rule: `best_worst`, `all_pairs` with a gap over `min_gap`, or `top_k` ranks.
-        min_gap: smallest score gap of a pair.
-        top_k: ranks that are paired with each other under `top_k`.
-        sampling: how candidates are sampled.
-        num_prompts: use only the first so many prompts.
         num_shards: processes that share the work.
         shard: index of this process.
         on_bad_row: policy for unreadable images.
     """
 
-    prompts: str = ""
     images: str | None = None
     output: str = "pairs"
-    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
-    candidates_per_prompt: int = 8
-    rule: PairRule = "best_worst"
-    min_gap: float = 0.0
-    top_k: int = 4
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    num_prompts: int | None = None
     num_shards: int = 1
     shard: int = 0
     on_bad_row: OnBadRow = "stop"

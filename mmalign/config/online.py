@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmalign.config.parts import PreferenceConfig, RewardConfig, RunConfig
+from mmalign.config.offline import CurriculumDpoConfig
+from mmalign.config.parts import CandidatesConfig, PreferenceConfig, RewardConfig, RunConfig
 
 
 @dataclass(kw_only=True)
@@ -113,3 +114,19 @@ class RocmConfig(OnlineConfig):
     divergence_weight: float = 0.1
     reduction: Literal["mean", "sum"] = "mean"
     decode_batch_size: int = 1
+
+
+@dataclass(kw_only=True)
+class OnlineDpoConfig(CurriculumDpoConfig):
+    """Diffusion-DPO in rounds, each on pairs that the policy of the round before makes.
+
+    `pairs` says how images are prepared; its path is the round's own. `max_steps` counts the steps
+    of one round. With `curriculum: null` pairs come in random order.
+
+    Attributes:
+        rounds: how often pairs are made anew.
+        candidates: how each round's pairs are made.
+    """
+
+    rounds: int = 3
+    candidates: CandidatesConfig = field(default_factory=CandidatesConfig)

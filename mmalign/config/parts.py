@@ -146,6 +146,31 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True)
+class CandidatesConfig:
+    """How candidates are made, ranked and paired.
+
+    Attributes:
+        prompts: prompt file.
+        num_prompts: use only the first so many prompts.
+        candidates_per_prompt: N.
+        rewards: rewards that rank the candidates.
+        rule: `best_worst`, `all_pairs` with a gap over `min_gap`, or `top_k` ranks.
+        min_gap: smallest score gap of a pair.
+        top_k: ranks that are paired with each other under `top_k`.
+        sampling: how candidates are sampled.
+    """
+
+    prompts: str = ""
+    num_prompts: int | None = None
+    candidates_per_prompt: int = 8
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    rule: PairRule = "best_worst"
+    min_gap: float = 0.0
+    top_k: int = 4
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(kw_only=True)
 class ReferenceConfig:
     """Whether the reference moves.
 
