@@ -19,11 +19,15 @@ Words = tuple[str, ...]
 
 
 class Command(NamedTuple):
-    """What a command runs: a class of `mmalign.config`, and `module:function` of a pipeline."""
+    """What a command runs: a class of `mmalign.config`, and `module:function` of a pipeline.
+
+    The option `positional` may be given as a bare argument right after the command.
+    """
 
     config: str
     target: str
     summary: str
+    positional: str | None = None
 
 
 COMMANDS: dict[Words, Command] = {
@@ -78,6 +82,12 @@ COMMANDS: dict[Words, Command] = {
     ),
     ("pairs", "stats"): Command(
         "PairsCheckConfig", "mmalign.pipelines.pairs_stats:run", "counts, ties, histogram of gaps"
+    ),
+    ("pairs", "label"): Command(
+        "PairsLabelConfig",
+        "mmalign.pipelines.pairs_label:run",
+        "let people choose between images, in the browser",
+        positional="images",
     ),
     ("score",): Command("ScoreConfig", "mmalign.pipelines.score:run", "score a folder of images"),
     ("generate",): Command("GenerateConfig", "mmalign.pipelines.generate:run", "sample images"),
@@ -138,9 +148,10 @@ def _dispatch(arguments: list[str]) -> int:
     from mmalign.options import parse_options
     from mmalign.preflight import check_config
 
-    options = parse_options(
-        getattr(config, command.config), arguments[len(words) :], command=" ".join(words)
-    )
+    flags = arguments[len(words) :]
+    if command.positional and flags and not flags[0].startswith("-"):
+        flags[0] = f"--{command.positional}={flags[0]}"
+    options = parse_options(getattr(config, command.config), flags, command=" ".join(words))
     check_config(options)
     module, _, function = command.target.partition(":")
     run: Callable[[Any], object] = getattr(importlib.import_module(module), function)

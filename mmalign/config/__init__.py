@@ -15,6 +15,7 @@ from mmalign.config.jobs import (
     GenerateConfig,
     PairsBuildConfig,
     PairsCheckConfig,
+    PairsLabelConfig,
     QuickstartImageConfig,
     ScoreConfig,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "PairsBuildConfig",
     "PairsCheckConfig",
     "PairsConfig",
+    "PairsLabelConfig",
     "PreferenceConfig",
     "QuickstartImageConfig",
     "ReferenceConfig",
