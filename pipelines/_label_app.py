@@ -89,7 +89,7 @@ def make_app(
             Route("/images/{hash}", pages.image),
         ],
         exception_handlers={
-            LabelsUnavailableError: partial(_problem, 503),
+            LabelsUnavailableError: _unavailable,
             UnknownPairError: partial(_problem, 404),
             TooLargeError: partial(_problem, 413),
             InputError: partial(_problem, 400),
@@ -279,6 +279,12 @@ def _environment() -> Environment:
 
 def _problem(status: int, request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, status_code=status)
+
+
+def _unavailable(request: Request, error: Exception) -> Response:
+    """Say why without saying where the file is: people elsewhere read this."""
+    reason = error.__cause__ or error
+    return JSONResponse({"error": f"The judgements cannot be saved now: {reason}"}, status_code=503)
 
 
 def _text(status: int, message: str) -> Response:

@@ -32,7 +32,8 @@ async function ask(path, body) {
       return { state: await response.json() };
     }
     const text = (await response.text()).trim();
-    const error = text.startsWith("{") ? JSON.parse(text).error : text;
+    const reason = text.startsWith("{") ? JSON.parse(text).error : text;
+    const error = reason.replace(/[.]?$/, ".");
     return { error, again: response.status >= 500 || response.status === 401 };
   } catch {
     return { error: "The server cannot be reached.", again: true };
@@ -47,7 +48,7 @@ async function insist(path, body) {
       find("trouble").hidden ||= tries > 0;
       return answer;
     }
-    complain(answer.error + (body ? " Your judgement is kept and is sent again." : ""));
+    complain(answer.error + (body ? " Nothing is lost: your answer is sent again." : ""));
     await Promise.race([pause(RETRY_MS), new Promise((resolve) => (retryNow = resolve))]);
   }
 }
@@ -161,7 +162,7 @@ function describe(state) {
   find("rename").hidden = false;
   find("done-title").textContent = total ? `You have judged all ${total} pairs.` : "There are no pairs yet.";
   const { pairs, share, kappa } = state.agreement;
-  const parts = [people === 1 ? "1 person" : `${people} people`];
+  const parts = people > 1 ? [`${people} people`] : [];
   if (share !== null) {
     parts.push(`they agree on ${Math.round(100 * share)} % of ${pairs} shared pairs`);
   }
