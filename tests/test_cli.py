@@ -99,6 +99,8 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "open_clip", "peft"
         (["train", "diffusion-dpo", "--config", "absent.yaml"], 2, "no such file"),
         (["train", "diffusion-dpo", "--model", ".", "--pairs.path", "absent"], 2, "absent"),
         (["pairs", "validate", "--path", "absent"], 2, "absent"),
+        (["pairs", "label", "absent"], 2, "images: no such file or folder: absent"),
+        (["pairs", "label", "pairs"], 2, "metadata.jsonl line 1"),
         (["train", "mapo", "--model", ".", "--pairs.path", "pairs"], 2, "metadata.jsonl"),
         (["generate", "--model", ".", "--prompts", "prompts.txt"], 2, "prompts.txt line 2"),
         (["pairs", "validate", "--path", "pairs"], 2, "bad row"),
