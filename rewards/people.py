@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmalign.accelerator import SIGTERM_EXIT_CODE, StopSignal
 from mmalign.data.files import write_bytes, writing
 from mmalign.data.images import png_bytes
 from mmalign.data.labels import DATABASE, LabelGroup, LabelImage, Labels
@@ -84,7 +85,7 @@ class PeopleReward:
         return LabelImage(key, name)
 
     def _wait(self, keys: Sequence[str]) -> list[Tally]:
-        """Wait until every pair has its votes."""
+        """Wait until every pair has its votes; a run that is told to end here loses no answer."""
         tallies = self.labels.tallies(keys, at_least=self.votes)
         if len(tallies) == len(keys):
             return tallies
@@ -93,9 +94,14 @@ class PeopleReward:
             len(keys) - len(tallies),
             self.folder,
         )
-        with tqdm(total=len(keys), desc="people", unit="pair", leave=False) as bar:
+        stop = StopSignal()
+        bar = tqdm(total=len(keys), desc="people", unit="pair", leave=False)
+        with stop.installed(), bar:
             while len(tallies) < len(keys):
-                bar.update(len(tallies) - bar.n)
+                if len(tallies) > bar.n:  # not at every look: that would fill a log
+                    bar.update(len(tallies) - bar.n)
+                if stop.requested:  # the trainer would only look after the step
+                    raise SystemExit(SIGTERM_EXIT_CODE)
                 time.sleep(POLL_SECONDS)
                 tallies = self.labels.tallies(keys, at_least=self.votes)
         return tallies

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
 import pytest
 import torch
@@ -99,6 +101,15 @@ def test_several_votes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     person(tmp_path, "cy", lambda left, right: -brighter(left, right), 1)
     assert reward(pictures(0.1, 0.2), ["a", "a"]).tolist() == [0, 1]
     assert reward.labels.tallies()[0].votes == 3
+
+
+def test_run_that_waits_can_be_ended(reward: PeopleReward) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit) as ended:
+        reward(pictures(0.1, 0.2), ["a", "a"])
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_options_are_checked(tmp_path: Path) -> None:
