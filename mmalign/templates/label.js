@@ -156,7 +156,7 @@ function describe(state) {
   find("sides").hidden = !state.pair;
   find("done").hidden = Boolean(state.pair);
   find("prompt").textContent = state.pair ? state.pair.prompt : "";
-  find("count").textContent = `${mine} of ${total}`;
+  find("count").textContent = total ? `${mine} of ${total}` : "";
   find("bar").value = total ? mine / total : 0;
   find("rename").textContent = state.annotator;
   find("rename").hidden = false;
