@@ -148,10 +148,12 @@ def _dispatch(arguments: list[str]) -> int:
     from mmalign.options import parse_options
     from mmalign.preflight import check_config
 
-    flags = arguments[len(words) :]
-    if command.positional and flags and not flags[0].startswith("-"):
-        flags[0] = f"--{command.positional}={flags[0]}"
-    options = parse_options(getattr(config, command.config), flags, command=" ".join(words))
+    flags, name = arguments[len(words) :], " ".join(words)
+    if command.positional:
+        name += f" [{command.positional.upper()}]"
+        if flags and not flags[0].startswith("-"):
+            flags[0] = f"--{command.positional}={flags[0]}"
+    options = parse_options(getattr(config, command.config), flags, command=name)
     check_config(options)
     module, _, function = command.target.partition(":")
     run: Callable[[Any], object] = getattr(importlib.import_module(module), function)

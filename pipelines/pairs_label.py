@@ -63,6 +63,8 @@ def run(config: PairsLabelConfig) -> None:
         if groups is not None:
             labels.unlist()
             labels.add(groups, config.pairs_per_prompt)
+        else:
+            _forget_missing(labels, root)
         _serve(labels, root, config)
 
 
@@ -140,7 +142,6 @@ def _serve(labels: Labels, root: Path, config: PairsLabelConfig) -> None:
 
     from mmalign.pipelines._label_app import is_loopback, make_app
 
-    _forget_missing(labels, root)
     local = is_loopback(config.host)
     token = config.token if config.token or local else secrets.token_urlsafe(16)
     with _listen(config) as listener:
@@ -166,7 +167,7 @@ def _serve(labels: Labels, root: Path, config: PairsLabelConfig) -> None:
 
 
 def _forget_missing(labels: Labels, root: Path) -> None:
-    """Stop showing pairs whose images are gone; a folder that is not listed anew may have some."""
+    """Stop showing pairs whose images are gone, in a folder that is not listed anew."""
     for image in labels.images():
         if _image(labels, root, image.hash) is None:
             logger.warning("left out: %s is missing or has changed", root / image.path)

@@ -99,6 +99,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "open_clip", "peft"
         (["train", "diffusion-dpo", "--config", "absent.yaml"], 2, "no such file"),
         (["train", "diffusion-dpo", "--model", ".", "--pairs.path", "absent"], 2, "absent"),
         (["pairs", "validate", "--path", "absent"], 2, "absent"),
+        (["pairs", "label", "--help"], 0, "usage: mmalign pairs label [IMAGES] "),
         (["pairs", "label", "absent"], 2, "images: no such file or folder: absent"),
         (["pairs", "label", "pairs"], 2, "metadata.jsonl line 1"),
         (["train", "mapo", "--model", ".", "--pairs.path", "pairs"], 2, "metadata.jsonl"),

@@ -74,8 +74,8 @@ class PairsLabelConfig:
     """Serve a page on which people choose between candidate images.
 
     Attributes:
-        images: folder of candidates, or DIR right after the command: written by `pairs build` or
-            `generate`, a folder of pairs, or any images that `prompts` describes.
+        images: folder of candidates, which may stand alone right after the command: written by
+            `pairs build` or `generate`, a folder of pairs, or any images that `prompts` describes.
         prompts: prompt file: .jsonl with `file_name`, `prompt`; or one prompt per line, to choose
             among the prompts the folder has, or for its images in sorted order.
         export: instead of serving, write what people decided as pairs (a new folder with

@@ -110,6 +110,7 @@ class Labels:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.execute("PRAGMA trusted_schema = OFF")  # the file may be a stranger's
             self._make_tables()
 
     def close(self) -> None:
