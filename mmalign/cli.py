@@ -19,11 +19,15 @@ Words = tuple[str, ...]
 
 
 class Command(NamedTuple):
-    """What a command runs: a class of `mmalign.config`, and `module:function` of a pipeline."""
+    """What a command runs: a class of `mmalign.config`, and `module:function` of a pipeline.
+
+    The option `positional` may be given as a bare argument right after the command.
+    """
 
     config: str
     target: str
     summary: str
+    positional: str | None = None
 
 
 COMMANDS: dict[Words, Command] = {
@@ -84,6 +88,12 @@ COMMANDS: dict[Words, Command] = {
     ("pairs", "stats"): Command(
         "PairsCheckConfig", "mmalign.pipelines.pairs_stats:run", "counts, ties, histogram of gaps"
     ),
+    ("pairs", "label"): Command(
+        "PairsLabelConfig",
+        "mmalign.pipelines.pairs_label:run",
+        "let people choose between images, in the browser",
+        positional="images",
+    ),
     ("score",): Command("ScoreConfig", "mmalign.pipelines.score:run", "score a folder of images"),
     ("generate",): Command("GenerateConfig", "mmalign.pipelines.generate:run", "sample images"),
     ("evaluate", "image"): Command(
@@ -143,9 +153,12 @@ def _dispatch(arguments: list[str]) -> int:
     from mmalign.options import parse_options
     from mmalign.preflight import check_config
 
-    options = parse_options(
-        getattr(config, command.config), arguments[len(words) :], command=" ".join(words)
-    )
+    flags, name = arguments[len(words) :], " ".join(words)
+    if command.positional:
+        name += f" [{command.positional.upper()}]"
+        if flags and not flags[0].startswith("-"):
+            flags[0] = f"--{command.positional}={flags[0]}"
+    options = parse_options(getattr(config, command.config), flags, command=name)
     check_config(options)
     module, _, function = command.target.partition(":")
     run: Callable[[Any], object] = getattr(importlib.import_module(module), function)

@@ -6,7 +6,7 @@ import difflib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from mmalign.config import RewardConfig
-from mmalign.data.files import atomic_path, read_jsonl, resolve_inside
-from mmalign.data.images import SUFFIXES, open_image
-from mmalign.data.prompts import read_prompts
-from mmalign.data.schema import RowError, read_prompt
+from mmalign.data.files import atomic_path
+from mmalign.data.images import open_image
+from mmalign.data.listing import NamedImage, list_images
 from mmalign.pipelines._evaluation import resolve_device
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import unique_names
@@ -31,14 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Row(NamedTuple):
-    """An image to score."""
-
-    file_name: str
-    path: Path
-    prompt: str
-
-
 def run(config: ScoreConfig) -> None:
     """Score every image and write `file_name`, `prompt` and one column per reward.
 
@@ -49,11 +40,11 @@ def run(config: ScoreConfig) -> None:
             score.
     """
     configs = _reward_configs(config)
-    rows = list_rows(Path(config.images).expanduser(), Path(config.prompts).expanduser())
+    rows = list_images(Path(config.images).expanduser(), Path(config.prompts).expanduser())
     device = resolve_device("auto")
     loaded = load_rewards(configs, device)
     rewards = dict(zip(unique_names(loaded), (reward for reward, _ in loaded), strict=True))
-    kept: list[Row] = []
+    kept: list[NamedImage] = []
     columns: dict[str, list[float]] = {name: [] for name in rewards}
     with torch.no_grad(), tqdm(total=len(rows), desc="score", unit="image") as bar:
         for batch, images in _batches(rows, config, bar):
@@ -67,33 +58,6 @@ def run(config: ScoreConfig) -> None:
     tqdm.write(summary_table(columns))
     skipped = len(rows) - len(kept)
     tqdm.write(f"{len(kept)} images scored, {skipped} skipped: {config.output}")
-
-
-def list_rows(images: Path, prompts: Path) -> list[Row]:
-    """Match images to prompts.
-
-    A `.jsonl` file names each image (`file_name`, relative to the folder, and `prompt`); any other
-    file has one prompt per line for the folder's images in sorted order.
-
-    Raises:
-        InputError: if the folder, a file or a key is missing, if counts differ, or if a path leads
-            out of the folder.
-    """
-    if not images.is_dir():
-        raise InputError(f"images folder {images} does not exist")
-    if prompts.suffix == ".jsonl" and prompts.is_file():
-        rows = list(_named_rows(images, prompts))
-        if not rows:
-            raise InputError(f"{prompts} is empty: give lines with file_name and prompt")
-        return rows
-    names = sorted(item.name for item in images.iterdir() if item.suffix.lower() in SUFFIXES)
-    texts = read_prompts(prompts)
-    if len(names) != len(texts):
-        raise InputError(
-            f"{images} has {len(names)} images but {prompts} has {len(texts)} prompts: give one "
-            "line per image in sorted order, or a .jsonl with file_name and prompt"
-        )
-    return [Row(name, _inside(images, name), text) for name, text in zip(names, texts, strict=True)]
 
 
 def summary_table(columns: dict[str, list[float]]) -> str:
@@ -121,28 +85,10 @@ def _reward_configs(config: ScoreConfig) -> list[RewardConfig]:
     ]
 
 
-def _named_rows(images: Path, prompts: Path) -> Iterator[Row]:
-    for number, record in read_jsonl(prompts):
-        try:
-            if isinstance(record, RowError):
-                raise record
-            name = record.get("file_name")
-            yield Row(str(name), resolve_inside(images, name), read_prompt(record))
-        except RowError as error:
-            raise InputError(f"{prompts} line {number}: {error}") from error
-
-
-def _inside(images: Path, name: str) -> Path:
-    try:
-        return resolve_inside(images, name)
-    except RowError as error:
-        raise InputError(str(error)) from error
-
-
 def _batches(
-    rows: Sequence[Row], config: ScoreConfig, bar: tqdm[NoReturn]
-) -> Iterator[tuple[list[Row], torch.Tensor]]:
-    batch: list[Row] = []
+    rows: Sequence[NamedImage], config: ScoreConfig, bar: tqdm[NoReturn]
+) -> Iterator[tuple[list[NamedImage], torch.Tensor]]:
+    batch: list[NamedImage] = []
     images: list[torch.Tensor] = []
     for row in rows:
         bar.update()
@@ -162,12 +108,12 @@ def _batches(
         yield batch, torch.stack(images)
 
 
-def _read(row: Row, max_pixels: int) -> torch.Tensor:
+def _read(row: NamedImage, max_pixels: int) -> torch.Tensor:
     image = open_image(ImageRef(row.path, str(row.path)), max_pixels=max_pixels)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def _write(path: Path, rows: Sequence[Row], columns: dict[str, list[float]]) -> None:
+def _write(path: Path, rows: Sequence[NamedImage], columns: dict[str, list[float]]) -> None:
     table = pa.table(
         {
             "file_name": [row.file_name for row in rows],

@@ -34,6 +34,7 @@ REWARDS = {
     "callable": "mmalign.rewards.function:CallableReward",
     "clip": "mmalign.rewards.clip:ClipReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
+    "people": "mmalign.rewards.people:PeopleReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",
 }
 

@@ -15,6 +15,7 @@ from mmalign.config.jobs import (
     GenerateConfig,
     PairsBuildConfig,
     PairsCheckConfig,
+    PairsLabelConfig,
     QuickstartImageConfig,
     ScoreConfig,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "PairsBuildConfig",
     "PairsCheckConfig",
     "PairsConfig",
+    "PairsLabelConfig",
     "PreferenceConfig",
     "QuickstartImageConfig",
     "ReferenceConfig",

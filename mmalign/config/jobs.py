@@ -54,6 +54,39 @@ class PairsCheckConfig:
 
 
 @dataclass(kw_only=True)
+class PairsLabelConfig:
+    """Serve a page on which people choose between candidate images.
+
+    Attributes:
+        images: folder of candidates, which may stand alone right after the command: written by
+            `pairs build` or `generate`, a folder of pairs, or any images that `prompts` describes.
+        prompts: prompt file: .jsonl with `file_name`, `prompt`; or one prompt per line, to choose
+            among the prompts the folder has, or for its images in sorted order.
+        export: instead of serving, write what people decided as pairs (a new folder with
+            `metadata.jsonl` beside `images/`, or a .parquet or .tar file) and end. The majority of
+            each pair counts; ties are left out and counted; `source` is `people`.
+        database: SQLite file of the judgements; `labels.sqlite` in the folder when omitted.
+        pairs_per_prompt: pairs shown of each prompt; every two candidates when omitted.
+        host: address to listen on; on any but this machine's own the page needs a token.
+        port: port to listen on; 0 takes a free one.
+        token: secret that the page asks for; off the loopback one is made when omitted.
+        on_bad_row: policy for unreadable images and prompts without two.
+        max_pixels: images with more pixels count as bad.
+    """
+
+    images: str = ""
+    prompts: str | None = None
+    export: str | None = None
+    database: str | None = None
+    pairs_per_prompt: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 8765
+    token: str | None = None
+    on_bad_row: OnBadRow = "stop"
+    max_pixels: int = 50_000_000
+
+
+@dataclass(kw_only=True)
 class ScoreConfig:
     """Score a folder of images.
 

@@ -153,6 +153,17 @@ def save_png(image: Tensor | Image.Image, path: Path | str) -> None:
         picture.save(temporary, format="PNG")
 
 
+def png_bytes(image: Tensor) -> bytes:
+    """Encode a tensor (3, H, W) in [0, 1], rounded to 8 bits, as PNG.
+
+    Raises:
+        InputError: if pixels are not finite.
+    """
+    buffer = BytesIO()
+    _to_picture(image, "sample").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 @contextmanager
 def _opened(ref: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     with _stream(ref) as stream, warnings.catch_warnings():

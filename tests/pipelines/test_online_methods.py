@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from threading import Thread
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -25,9 +28,11 @@ from mmalign.config import (
     SamplingConfig,
     TailorpoConfig,
 )
+from mmalign.data.images import to_tensor
+from mmalign.data.labels import Labels
 from mmalign.pipelines import d3po, draft, rocm, tailorpo
 from mmalign.pipelines._online import OnlineRun, bridged_rewards
-from mmalign.rewards import load_rewards
+from mmalign.rewards import load_reward, load_rewards, people
 from mmalign.rewards.combine import CombinedReward
 from mmalign.types import InputError
 
@@ -146,6 +151,44 @@ def test_d3po_prefers_what_the_reward_prefers(tiny_sd: Path, prompts: Path, tmp_
     lines = train("d3po", tiny_sd, prompts, tmp_path, max_steps=12, candidates=3, beta=10.0)
     assert sum(line["margin"] for line in lines[-4:]) > 0
     assert sum(line["rewards/accuracy"] for line in lines[-4:]) / 4 > 0.5
+
+
+def test_d3po_trains_on_what_people_prefer(
+    tiny_sd: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "people"
+    rewards = [RewardConfig(name="people", options={"folder": str(folder)})]
+    options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "rewards": rewards}
+    judging = Thread(target=judge_brighter, args=(folder / "labels.sqlite", 8), daemon=True)
+    judging.start()
+    whole = train("d3po", tiny_sd, prompts, tmp_path / "whole", **options)
+    judging.join()
+    assert [line["ties"] for line in whole] == [0, 0, 0, 0]
+    assert all(line["grad_norm"] > 0 for line in whole)
+    # From here on nobody is there: a run that is killed and resumed finds every answer.
+    monkeypatch.setattr(people.time, "sleep", None)
+    train("d3po", tiny_sd, prompts, tmp_path / "parts", **{**options, "max_steps": 2})
+    options["resume_from_checkpoint"] = "latest"
+    assert train("d3po", tiny_sd, prompts, tmp_path / "parts", **options) == whole
+    # And it is the preference that the reward of the same taste gives.
+    bright = [RewardConfig(name="brightness")]
+    same = train("d3po", tiny_sd, prompts, tmp_path / "same", max_steps=4, rewards=bright)
+    assert [line["loss"] for line in same] == [line["loss"] for line in whole]
+
+
+def judge_brighter(file: Path, count: int) -> None:
+    reward = load_reward(RewardConfig(name="brightness"))
+    while not file.exists():
+        sleep(0.01)
+    labels = Labels(file)
+    for _ in range(count):
+        while not (shown := labels.next_pairs("ann", 1)):
+            sleep(0.01)
+        sides = (shown[0].left, shown[0].right)
+        images = [to_tensor(Image.open(file.parent / str(labels.path(key)))) for key in sides]
+        best = int(reward(torch.stack(images), ["", ""]).argmax())
+        labels.judge("ann", shown[0].key, sides[best])
+    labels.close()
 
 
 @pytest.mark.parametrize("method", ["draft", "tailorpo-g"])

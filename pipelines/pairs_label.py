@@ -1,0 +1,207 @@
+"""`mmalign pairs label`: people choose between images in the browser; export of their pairs."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import sys
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from mmalign.config import as_path
+from mmalign.data.files import check_inside
+from mmalign.data.images import hash_image
+from mmalign.data.labels import DATABASE, Labels
+from mmalign.data.schema import RowError
+from mmalign.data.writers import WriteFormat, write_pairs
+from mmalign.pipelines._label_folder import list_groups
+from mmalign.types import ImageRef, InputError, PreferencePair
+
+if TYPE_CHECKING:
+    from mmalign.config import PairsLabelConfig
+
+logger = logging.getLogger(__name__)
+SOURCE = "people"
+PROBE = ("192.0.2.1", 9)
+"""An address for documentation only: asking the way to it tells this machine's own address."""
+
+
+class Decided(NamedTuple):
+    """Pairs with a majority, and how many were left out as a tie or for want of their images."""
+
+    pairs: list[PreferencePair]
+    ties: int
+    missing: int
+
+
+def run(config: PairsLabelConfig) -> None:
+    """Serve the page until interrupted, or write what people decided and end.
+
+    Raises:
+        InputError: if the folder, the prompts or the database are unusable, the address is taken,
+            or there is nothing to export.
+    """
+    root = as_path(config.images)
+    file = as_path(config.database) if config.database else root / DATABASE
+    if config.export is not None:
+        if not file.exists():
+            raise InputError(f"nobody has judged anything yet: there is no {file}")
+        with closing(Labels(file)) as labels:
+            export(labels, root, as_path(config.export))
+        return
+    if config.token == "":
+        raise InputError("token: must not be empty")
+    groups = list_groups(config)
+    if groups is None and not file.exists():
+        raise InputError(
+            f"{root} does not say which prompts its images are for: give --prompts FILE"
+        )
+    with closing(Labels(file)) as labels:
+        if groups is not None:
+            labels.unlist()
+            labels.add(groups, config.pairs_per_prompt)
+        else:
+            _forget_missing(labels, root)
+        _serve(labels, root, config)
+
+
+def export(labels: Labels, root: Path, target: Path) -> Decided:
+    """Write the pairs that people decided, and say how many.
+
+    Args:
+        labels: judgements.
+        root: folder of the images.
+        target: new folder, or a `.parquet` or `.tar` file.
+
+    Raises:
+        InputError: if no pair has a majority, or the target cannot be written.
+    """
+    decided = decide(labels, root)
+    left_out = f"{decided.ties} ties and {decided.missing} pairs without their images left out"
+    if not decided.pairs:
+        raise InputError(f"no pair has a majority in {labels.file}: {left_out}")
+    formats: dict[str, WriteFormat] = {".parquet": "parquet", ".tar": "webdataset"}
+    write_pairs(decided.pairs, target, formats.get(target.suffix, "imagefolder"))
+    _say(f"{len(decided.pairs)} pairs in {target}; {left_out}; {agreement_line(labels)}")
+    return decided
+
+
+def decide(labels: Labels, root: Path) -> Decided:
+    """Turn votes into pairs: the majority of each pair wins, scores are shares of the votes."""
+    pairs = []
+    ties = missing = 0
+    for tally in labels.tallies():
+        if tally.decision is None:
+            ties += 1
+            continue
+        chosen, rejected = tally.decision
+        images = [_image(labels, root, image) for image in tally.decision]
+        if images[0] is None or images[1] is None:
+            missing += 1
+            continue
+        better, worse = tally.share(chosen), tally.share(rejected)
+        pairs.append(
+            PreferencePair(
+                pair_id=tally.pair.key,
+                prompt=tally.pair.prompt,
+                chosen=images[0],
+                rejected=images[1],
+                score_chosen=better,
+                score_rejected=worse,
+                margin=better - worse,
+                source=SOURCE,
+            )
+        )
+    return Decided(pairs, ties, missing)
+
+
+def agreement_line(labels: Labels) -> str:
+    """Say how far people agree, in one line."""
+    found = labels.agreement()
+    if found.share is None:
+        return "no pair was judged by two people"
+    kappa = "" if found.kappa is None else f", Fleiss' kappa {found.kappa:.2f}"
+    return f"people agree on {found.share:.0%} of {found.pairs} pairs judged by several{kappa}"
+
+
+def _image(labels: Labels, root: Path, key: str) -> ImageRef | None:
+    """Find an image that is still what people saw."""
+    try:
+        file = check_inside(root, root / str(labels.path(key)))
+        image = ImageRef(file, str(file))
+        return image if hash_image(image).hex() == key else None
+    except RowError:
+        return None
+
+
+def _serve(labels: Labels, root: Path, config: PairsLabelConfig) -> None:
+    import uvicorn
+
+    from mmalign.pipelines._label_app import is_loopback, make_app
+
+    local = is_loopback(config.host)
+    token = config.token if config.token or local else secrets.token_urlsafe(16)
+    with _listen(config) as listener:
+        port = listener.getsockname()[1]
+        app = make_app(labels, root, token=token, local_only=local, max_pixels=config.max_pixels)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                ws="none",
+                lifespan="off",
+                timeout_graceful_shutdown=2,
+            )
+        )
+        _say(f"label at {_url(config.host, port, token)}  (Ctrl+C ends; judgements are kept)")
+        with suppress(KeyboardInterrupt):  # the normal end
+            server.run(sockets=[listener])
+    done = labels.progress("")
+    _say(f"{done.judged} of {done.total} pairs judged by {done.people} people: {labels.file}")
+    _say(f"export them with: mmalign pairs label {config.images} --export PATH")
+
+
+def _forget_missing(labels: Labels, root: Path) -> None:
+    """Stop showing pairs whose images are gone, in a folder that is not listed anew."""
+    for image in labels.images():
+        if _image(labels, root, image.hash) is None:
+            logger.warning("left out: %s is missing or has changed", root / image.path)
+            labels.unlist(image.hash)
+
+
+def _listen(config: PairsLabelConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; "
+            "choose another --host or --port"
+        ) from error
+
+
+def _url(host: str, port: int, token: str | None) -> str:
+    shown = _own_address() if host in ("0.0.0.0", "::") else host
+    shown = f"[{shown}]" if ":" in shown else shown
+    return f"http://{shown}:{port}/" + (f"?token={quote(token, safe='')}" if token else "")
+
+
+def _own_address() -> str:
+    """Find the address under which others reach this machine; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(PROBE)
+        except OSError:
+            return socket.gethostname()
+        return str(probe.getsockname()[0])
+
+
+def _say(line: str) -> None:
+    """Print at once, also into a pipe."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
