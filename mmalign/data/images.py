@@ -153,6 +153,17 @@ def save_png(image: Tensor | Image.Image, path: Path | str) -> None:
         picture.save(temporary, format="PNG")
 
 
+def encode_png(image: Tensor, where: str) -> bytes:
+    """Encode a tensor (3, H, W) in [0, 1] as a PNG file, rounded to 8 bits.
+
+    Raises:
+        InputError: naming `where`, if pixels are not finite.
+    """
+    buffer = BytesIO()
+    _to_picture(image, where).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 @contextmanager
 def _opened(ref: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     with _stream(ref) as stream, warnings.catch_warnings():
