@@ -262,7 +262,7 @@ class Trainer:
             self._accelerator.scaler.update()
 
     def _stop_if_idle(self, step: int) -> None:
-        """End a run whose steps have nothing to learn from; its weights are those of the base."""
+        """End a run that has nothing left to learn from, or never had."""
         monitor = self._monitor
         row, total = monitor.idle_in_a_row, monitor.idle_steps
         if row < MAX_IDLE_IN_A_ROW and total < self._config.max_steps:

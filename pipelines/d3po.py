@@ -2,7 +2,7 @@
 
 Per prompt, K trajectories start from the same noise; the best is paired with the worst, and every
 trained sampler step becomes a preference between the latents they drew there. A pair that the
-rewards call a tie teaches nothing.
+rewards call a tie teaches nothing; a step of nothing but ties is skipped and counted.
 """
 
 from __future__ import annotations

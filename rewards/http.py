@@ -18,6 +18,7 @@ FIRST_PAUSE = 0.5
 """Seconds before the first new attempt; doubled before each further one."""
 LONGEST_PAUSE = 30.0
 CHUNK = 2**16
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class HttpReward(ExternalReward):
 
     Not differentiable; the range is what the user states, unbounded otherwise. Connection errors,
     time-outs and answers of 500 and above are tried again, with growing pauses; everything else is
-    an error at once. Redirects are not followed.
+    an error at once. Redirects are not followed. The environment's proxies are used, except for
+    addresses of this machine.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class HttpReward(ExternalReward):
         super().__init__(name, timeout=timeout, batch_size=batch_size, range=range)
         if retries < 0:
             raise InputError(f"reward {name}: retries must be at least 0, got {retries}")
-        _check_url(name, url)
+        host = _check_url(name, url)
         self.url, self.retries = url, retries
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        own = [urllib.request.ProxyHandler({})] if host in LOOPBACK else []
+        self._opener = urllib.request.build_opener(_NoRedirect, *own)
 
     def _ask(self, request: bytes) -> bytes:
         """Post until there is an answer or no attempt left."""
@@ -119,7 +122,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _check_url(name: str, url: str) -> None:
+def _check_url(name: str, url: str) -> str:
+    """Return the host of an address that can be asked."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -130,3 +134,4 @@ def _check_url(name: str, url: str) -> None:
     clean = url.isascii() and url.isprintable() and " " not in url
     if parts.scheme not in ("http", "https") or not host or not clean:
         raise InputError(f"reward {name}: url {url!r} is not a plain http:// or https:// address")
+    return host

@@ -149,6 +149,13 @@ def test_bad_replies_of_a_command(reply: str, message: str, tmp_path: Path) -> N
         score_samples(command(program), IMAGES, PROMPTS)
 
 
+def test_proxy_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with server(count_pixels) as running:
+        assert len(score_samples(over_http(running.url, retries=0), IMAGES, PROMPTS)) == 3
+
+
 def test_server_errors_are_tried_again() -> None:
     statuses = iter([500, 503, 200])
     with server(lambda r: (next(statuses), count_pixels(r)[1])) as running:
