@@ -81,7 +81,7 @@ class Monitor:
         self.idle_reason = reason
         if self.idle_steps == 1:
             logger.warning("step %d: %s; such steps are skipped and counted", step, reason)
-        self._given["idle"] = f"{self.idle_steps} steps, up to step {step}, were skipped: {reason}"
+        self._given["idle"] = f"{self.idle_steps} of the first {step} steps skipped: {reason}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, for a checkpoint."""
@@ -98,7 +98,9 @@ class Monitor:
         """Restore the history."""
         self.skipped = state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.idle_steps, self.idle_in_a_row, self.idle_reason = state["idle"]
+        # Checkpoints of older versions do not count these.
+        idle = state.get("idle", [0, 0, ""])
+        self.idle_steps, self.idle_in_a_row, self.idle_reason = idle
         self._given = dict(state["given"])
         self._margins.extend(state["margins"])
         for side, rises in self._rises.items():

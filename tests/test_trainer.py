@@ -422,7 +422,7 @@ def test_idle_step_moves_nothing_and_is_counted(tmp_path: Path) -> None:
     assert not torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[7], weights[8])
     assert (result.idle_steps, result.skipped_steps) == (2, 0)
-    assert result.warnings == ["2 steps, up to step 7, were skipped: all tied"]
+    assert result.warnings == ["2 of the first 7 steps skipped: all tied"]
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if row.get("skipped")] == [6, 7]
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mmalign.checkpoint import latest_checkpoint
 from mmalign.cli import main
 from mmalign.config import DiffusionDpoConfig, dump_config
 from mmalign.data.writers import write_pairs
@@ -116,7 +117,7 @@ def killed(
     (folder / "prompts.txt").write_text("red\na red\nred red\n")
 
     def kill(command: list[str], output: Path) -> str:
-        line, delay = random.randint(2, ONLINE_STEPS - 2), random.uniform(0, 0.1)
+        line, delay = random.randint(3, ONLINE_STEPS - 2), random.uniform(0, 0.1)
         process = start([sys.executable, "-m", "mmalign", *command], output)
         while process.poll() is None and lines(output) < line:
             time.sleep(0.005)
@@ -151,6 +152,7 @@ def test_killed_online_runs_end_where_undisturbed_ones_do(
     sys.stderr.write(f"killed {moment.result()}\n")
     assert 0 < lines(parts) < ONLINE_STEPS
     assert not (parts / "adapter").exists()
+    assert latest_checkpoint(parts / "checkpoints") is not None
     assert main([*command, f"--output_dir={parts}"]) == 0
     assert_same_bits(tmp_path, parts)
 

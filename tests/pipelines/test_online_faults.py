@@ -167,7 +167,7 @@ def test_a_tied_step_is_skipped_and_counted(run: Any, tmp_path: Path) -> None:
     assert run("d3po", mine(tied_at_first)) == ""
     assert [line.get("skipped") for line in steps(tmp_path / "run")] == [1, None, None]
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "1 steps, up to step 1, were skipped: every candidate has the same reward" in report
+    assert "1 of the first 1 steps skipped: every candidate has the same reward" in report
 
 
 def test_sampler_without_any_noise(run: Any, tiny_lcm: Path) -> None:
