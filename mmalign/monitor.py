@@ -31,6 +31,9 @@ class Monitor:
         """Start with an empty history."""
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.idle_steps = 0
+        self.idle_in_a_row = 0
+        self.idle_reason = ""
         self._given: dict[str, str] = {}
         self._margins: deque[float] = deque(maxlen=WINDOW)
         self._rises: dict[str, deque[float]] = {
@@ -44,7 +47,7 @@ class Monitor:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in one step's metrics; metrics that a method does not have are not watched."""
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = self.idle_in_a_row = 0
         if "rewards/margin" in metrics:
             self._margins.append(abs(metrics["rewards/margin"]))
         for side, rises in self._rises.items():
@@ -71,11 +74,21 @@ class Monitor:
         self.skipped += 1
         self.skipped_in_a_row += 1
 
+    def idle(self, step: int, reason: str) -> None:
+        """Count a step with nothing to learn from; the first is announced, all are reported."""
+        self.idle_steps += 1
+        self.idle_in_a_row += 1
+        self.idle_reason = reason
+        if self.idle_steps == 1:
+            logger.warning("step %d: %s; such steps are skipped and counted", step, reason)
+        self._given["idle"] = f"{self.idle_steps} of the first {step} steps skipped: {reason}"
+
     def state_dict(self) -> dict[str, Any]:
         """Return the history, for a checkpoint."""
         return {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "idle": [self.idle_steps, self.idle_in_a_row, self.idle_reason],
             "given": dict(self._given),
             "margins": list(self._margins),
             "rises": {side: list(rises) for side, rises in self._rises.items()},
@@ -85,6 +98,9 @@ class Monitor:
         """Restore the history."""
         self.skipped = state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        # Checkpoints of older versions do not count these.
+        idle = state.get("idle", [0, 0, ""])
+        self.idle_steps, self.idle_in_a_row, self.idle_reason = idle
         self._given = dict(state["given"])
         self._margins.extend(state["margins"])
         for side, rises in self._rises.items():

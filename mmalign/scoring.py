@@ -26,6 +26,10 @@ class BadScoreError(InputError):
         self.index = index
 
 
+class ScorerError(InputError):
+    """A reward failed whatever the samples, such as a server that is down; the message is whole."""
+
+
 def to_scores(values: object, count: int) -> Tensor:
     """Turn what a reward returned into a tensor of `count` finite scores.
 
@@ -81,7 +85,7 @@ def score_samples(
         return torch.zeros(0)
     try:
         return to_scores(reward(samples, prompts), len(samples))
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, ScorerError):
         raise
     except BadScoreError as error:
         where = _span(labels) if error.index is None else labels[error.index]

@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from mmalign.accelerator import SIGTERM_EXIT_CODE, StopSignal, make_accelerator, tracking
+from mmalign.accumulation import Measured, accumulate
 from mmalign.config import TrainConfig
 from mmalign.metrics_log import MetricsLog
 from mmalign.monitor import Monitor
@@ -31,6 +32,7 @@ from mmalign.training_state import Stateful, TrainingState
 from mmalign.types import InputError, StepOutput
 
 MAX_SKIPPED_IN_A_ROW = 25
+MAX_IDLE_IN_A_ROW = 50  # generous, because rewards may be sparse
 __all__ = ["Stateful", "TrainResult", "Trainer", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class TrainResult:
         metrics: the last step's metrics; empty when there was nothing left to do.
         warnings: what the monitor noticed.
         skipped_steps: steps without an update because of `on_nan: skip`.
+        idle_steps: steps without an update because there was nothing to learn.
         checkpoint: the last checkpoint.
     """
 
@@ -54,19 +57,8 @@ class TrainResult:
     metrics: Mapping[str, float]
     warnings: list[str]
     skipped_steps: int
+    idle_steps: int
     checkpoint: Path | None
-
-
-class _Measured(NamedTuple):
-    """One step before its update: mean loss and metrics, gradient norm, ids of bad samples."""
-
-    values: dict[str, float]
-    grad_norm: float
-    bad_ids: list[str]
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.values["loss"]) and math.isfinite(self.grad_norm)
 
 
 class Trainer:
@@ -99,7 +91,7 @@ class Trainer:
             step: loss and metrics of one micro-batch.
             batches: given the number of optimizer steps done, yields the micro-batches that follow,
                 `gradient_accumulation_steps` per step.
-            state: further objects whose state is saved and restored, by name.
+            state: further objects to save and restore, by name; only caches change within a step.
             on_step: called with the step number after every update and before a checkpoint.
             backward: False when `step` calls `accelerator.backward` itself.
 
@@ -153,7 +145,8 @@ class Trainer:
 
         Raises:
             InputError: a checkpoint cannot be used or written, the output folder holds another run,
-                or a loss or gradient is not finite under `on_nan: stop`.
+                a loss or gradient is not finite under `on_nan: stop`, a reward fails, or there is
+                nothing to learn. The weights of the last good step are saved.
             SystemExit: code 143 after SIGTERM.
         """
         config = self._config
@@ -177,13 +170,16 @@ class Trainer:
                 self._report(step, metrics)
                 if self._on_step is not None:
                     self._on_step(step)
+                self._stop_if_idle(step)
                 self._save_or_stop(step)
+        self._stop_if_idle(max(start, config.max_steps))
         return TrainResult(
             step=max(start, config.max_steps),
             resumed_from=start,
             metrics=metrics,
             warnings=self._monitor.warnings,
             skipped_steps=self._monitor.skipped,
+            idle_steps=self._monitor.idle_steps,
             checkpoint=self._state.last_path,
         )
 
@@ -208,10 +204,26 @@ class Trainer:
         torch.manual_seed(derive_seed(self._config.seed, step, self._accelerator.process_index))
         if not self._module.training:
             self._module.train()
-        measured = self._accumulate(batches)
+        try:
+            measured = accumulate(
+                self._step,
+                batches,
+                config=self._config,
+                accelerator=self._accelerator,
+                module=self._module,
+                backward=self._backward,
+            )
+        except InputError as error:
+            if self._accelerator.num_processes > 1:  # the others are in the middle of the step
+                raise
+            raise InputError(f"{error}; {self._keep(step - 1)}") from error
         lr = self._config.learning_rate * self._lr_factor(step - 1)
         metrics = {**measured.values, "grad_norm": measured.grad_norm, "lr": lr}
-        if measured.finite or self._overflowed(measured):
+        if measured.idle is not None:
+            self._skip_update()
+            self._monitor.idle(step, measured.idle)
+            metrics["skipped"] = 1.0
+        elif measured.finite or self._overflowed(measured):
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -224,40 +236,14 @@ class Trainer:
         self._optimizer.zero_grad()
         return metrics
 
-    def _accumulate(self, batches: Iterator[Any]) -> _Measured:
-        """Run the micro-batches of one step; its clipped gradients are left in the parameters."""
-        accelerator, keys = self._accelerator, ["loss"]
-        rows: list[Tensor] = []
-        ids: list[tuple[str, ...]] = []
-        accelerator.step = 0  # an exception may have left it in the middle of a step
-        for _ in range(self._config.gradient_accumulation_steps):
-            batch = next(batches, None)
-            if batch is None:
-                raise RuntimeError("`batches` ended before max_steps")
-            with accelerator.accumulate(self._module):
-                output = self._step(batch)
-                if self._backward:
-                    accelerator.backward(output.loss)
-            named = {"loss": 0.0, **output.metrics} | {"loss": output.loss}
-            keys = keys if rows else list(named)
-            rows.append(_row([named[key] for key in keys], accelerator.device))
-            ids.append(tuple(getattr(batch, "pair_ids", ())))
-        norm = accelerator.clip_grad_norm_(self._parameters, self._config.max_grad_norm or math.inf)
-        table = torch.stack(rows)
-        finite = table[:, 0].isfinite().tolist()
-        means = accelerator.reduce(table, reduction="mean").cpu().double().mean(0).tolist()
-        bad_ids = [i for fine, names in zip(finite, ids, strict=True) if not fine for i in names]
-        return _Measured(dict(zip(keys, means, strict=True)), float(norm), bad_ids)
-
-    def _overflowed(self, measured: _Measured) -> bool:
+    def _overflowed(self, measured: Measured) -> bool:
         """Tell an fp16 gradient that overflowed, which the scaler handles, from a broken one."""
         scaler, loss = self._accelerator.scaler, measured.values["loss"]
         return scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
 
-    def _refuse(self, step: int, measured: _Measured) -> None:
+    def _refuse(self, step: int, measured: Measured) -> None:
         """Apply `on_nan`; the weights stay those of the step before."""
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.update()
+        self._skip_update()
         loss, norm = measured.values["loss"], measured.grad_norm
         what = f"step {step}: loss {loss:g}, gradient norm {norm:g}"
         if measured.bad_ids:
@@ -267,11 +253,29 @@ class Trainer:
             self._monitor.skip()
             logger.warning("%s; skipped, %d so far", what, self._monitor.skipped)
             return
-        if step - 1 > self._state.last_step:
-            self._save(step - 1)
+        kept = self._keep(step - 1)
         hint = f"{MAX_SKIPPED_IN_A_ROW} before it skipped" if skip else "or set on_nan: skip"
-        where = f"last good weights: {self._state.last_path}"
-        raise InputError(f"{what}; lower learning_rate or beta ({hint}); {where}")
+        raise InputError(f"{what}; lower learning_rate or beta ({hint}); {kept}")
+
+    def _skip_update(self) -> None:
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.update()
+
+    def _stop_if_idle(self, step: int) -> None:
+        """End a run that has nothing left to learn from, or never had."""
+        monitor = self._monitor
+        row, total = monitor.idle_in_a_row, monitor.idle_steps
+        if row < MAX_IDLE_IN_A_ROW and total < self._config.max_steps:
+            return
+        monitor.idle_in_a_row = 0  # a resumed run has another chance
+        what = f"step {step}: {row or 'all'} steps in a row taught nothing"
+        raise InputError(f"{what}: {monitor.idle_reason}; {self._keep(step)}")
+
+    def _keep(self, step: int) -> str:
+        """Save the weights after `step` unless they are saved, and say where they are."""
+        if step > self._state.last_step:
+            self._save(step)
+        return f"last good weights: {self._state.last_path or 'those it began with'}"
 
     def _save_or_stop(self, step: int) -> None:
         config, stop = self._config, self._stop.agreed(self._accelerator)
@@ -293,7 +297,3 @@ class Trainer:
         if self._log is not None:
             self._log.write(step, metrics)
         self._accelerator.log({k: v for k, v in metrics.items() if math.isfinite(v)}, step=step)
-
-
-def _row(values: list[Tensor | float], device: torch.device) -> Tensor:
-    return torch.stack([torch.as_tensor(v).detach().to(device, torch.float32) for v in values])

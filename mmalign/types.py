@@ -168,10 +168,15 @@ class Trajectory(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What one training step hands to the trainer: a scalar loss and metrics to log."""
+    """What one training step hands to the trainer: a scalar loss and metrics to log.
+
+    `idle` says why there was nothing to learn from the batch. A step whose batches are all idle
+    leaves the weights alone, where weight decay and momentum would move them without a reason.
+    """
 
     loss: Tensor
     metrics: Mapping[str, Tensor | float]
+    idle: str | None = None
 
 
 @runtime_checkable

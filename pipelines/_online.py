@@ -31,6 +31,7 @@ from mmalign.rewards.combine import CombinedReward
 from mmalign.rollout import Sampler, keyed_noise
 from mmalign.types import Condition, ImageAdapter, InputError, LogRatios
 
+ALL_TIED = "every candidate has the same reward as its rival"
 ENCODE_BATCH = 32
 DECODE_BATCH = 8
 
@@ -89,7 +90,7 @@ class OnlineRun:
         """Score clean latents (copies * B, C, h, w) of the batch's prompts, (copies, B) float32."""
         parts = (latents[i : i + DECODE_BATCH] for i in range(0, len(latents), DECODE_BATCH))
         images = torch.cat([self.run.adapter.decode(part) for part in parts])
-        scores = self.reward(images, batch.prompts * copies)
+        scores = self.reward(images, batch.prompts * copies, batch.pair_ids * copies)
         return scores.float().to(latents.device).view(copies, -1)
 
 
@@ -106,7 +107,7 @@ def stochastic_steps(online: OnlineRun) -> list[int]:
     """List the steps that draw noise, whose latents have a density.
 
     Raises:
-        InputError: there are none, because `eta` is 0.
+        InputError: there are none, because `eta` is 0 or a consistency model takes one step only.
     """
     latents = torch.zeros(1, 1, 1, 1, device=online.run.accelerator.device)
     steps = []
@@ -117,6 +118,8 @@ def stochastic_steps(online: OnlineRun) -> list[int]:
         )
         if float(move.std) > 0:
             steps.append(index)
+    if not steps and online.config.eta > 0:
+        raise InputError("sampling.num_inference_steps: the only step draws no noise; take more")
     if not steps:
         raise InputError("eta: a deterministic sampler has no density to train on; set it above 0")
     return steps
@@ -141,20 +144,24 @@ def mean_metrics(logged: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def bridged_rewards(
-    online: OnlineRun, latents: Tensor, prompts: Sequence[str], decode_batch_size: int
+    online: OnlineRun, latents: Tensor, batch: PromptBatch, decode_batch_size: int
 ) -> Tensor:
     """Score clean latents (N, C, h, w) with gradients, (N,), a few images at a time.
+
+    N is a multiple of the batch's B: all its prompts once, then all again.
 
     The gradient is taken down to the latents at once and the decoder's graph is freed, so that only
     one chunk of images is ever held; what is returned carries that gradient on to the sampler.
     """
     parts = []
+    copies = len(latents) // len(batch.prompts)
+    prompts, names = batch.prompts * copies, batch.pair_ids * copies
     for start in range(0, len(latents), decode_batch_size):
         rows = slice(start, start + decode_batch_size)
         leaf = latents[rows].detach().requires_grad_()
         with torch.enable_grad():
             images = online.run.adapter.decode(leaf)
-            scores = online.reward(images, prompts[rows])
+            scores = online.reward(images, prompts[rows], names[rows])
         (gradient,) = torch.autograd.grad(scores.sum(), leaf)
         through = ((latents[rows] - leaf.detach()) * gradient).flatten(1).sum(1)
         parts.append(scores.detach().to(through) + through)

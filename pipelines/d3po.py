@@ -2,7 +2,7 @@
 
 Per prompt, K trajectories start from the same noise; the best is paired with the worst, and every
 trained sampler step becomes a preference between the latents they drew there. A pair that the
-rewards call a tie teaches nothing.
+rewards call a tie teaches nothing; a step of nothing but ties is skipped and counted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mmalign.config import D3poConfig
 from mmalign.diffusion import transition_logratio
 from mmalign.objectives.d3po import best_and_worst
 from mmalign.pipelines._online import (
+    ALL_TIED,
     OnlineRun,
     PromptBatch,
     drawn_steps,
@@ -82,6 +83,7 @@ def make_step(config: D3poConfig, online: OnlineRun) -> Step:
                 "reward": pairs.reward,
                 "ties": 1 - pairs.decided.mean(),
             },
+            idle=None if bool(pairs.decided.any()) else ALL_TIED,
         )
 
     return step

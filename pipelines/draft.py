@@ -46,8 +46,7 @@ def make_step(config: DraftConfig, online: OnlineRun) -> Step:
             backprop_steps=config.backprop_steps,
         )
         images = [clean, *_low_variance(config, online, batch, sampler, clean)]
-        prompts = batch.prompts * len(images)
-        rewards = bridged_rewards(online, torch.cat(images), prompts, config.decode_batch_size)
+        rewards = bridged_rewards(online, torch.cat(images), batch, config.decode_batch_size)
         divergence = _divergence(online, sampler, taken) if config.kl_weight else None
         loss, metrics = draft_loss(
             rewards.view(len(images), -1), divergence, kl_weight=config.kl_weight

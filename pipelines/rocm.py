@@ -47,7 +47,7 @@ def make_step(config: RocmConfig, online: OnlineRun) -> Step:
             lambda index: online.noise(batch, "step", index),
             backprop_steps=len(sampler),
         )
-        rewards = bridged_rewards(online, clean, batch.prompts, config.decode_batch_size)
+        rewards = bridged_rewards(online, clean, batch, config.decode_batch_size)
         moves = [move for move in taken if move[0] in stochastic]
         divergence = _divergence(config, online, batch, sampler, moves) if moves else None
         loss, metrics = draft_loss(

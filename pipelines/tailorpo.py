@@ -16,6 +16,7 @@ from mmalign.config import TailorpoConfig
 from mmalign.diffusion import Transition
 from mmalign.objectives.tailorpo import guided_latents, tailorpo_logratios
 from mmalign.pipelines._online import (
+    ALL_TIED,
     OnlineRun,
     PromptBatch,
     drawn_steps,
@@ -86,7 +87,9 @@ def make_step(config: TailorpoConfig, online: OnlineRun) -> Step:
             losses.append(loss.detach())
             logged.append({**metrics, "reward": pair.reward, "ties": 1 - pair.decided.mean()})
             latents = _continuation(config, batch, pair, index)
-        return StepOutput(torch.stack(losses).mean(), mean_metrics(logged))
+        metrics = mean_metrics(logged)
+        idle = ALL_TIED if bool(metrics["ties"] == 1) else None
+        return StepOutput(torch.stack(losses).mean(), metrics, idle)
 
     return step
 
@@ -129,7 +132,7 @@ def _guided(
     leaf = latents.detach().requires_grad_()
     with torch.enable_grad():
         images = online.run.adapter.decode(_predicted(sampler, leaf, index))
-        rewards = online.reward(images, batch.prompts)
+        rewards = online.reward(images, batch.prompts, batch.pair_ids)
         # The target only says where up is: the gradient is scaled to the step size.
         target = float(rewards.detach().max()) + 1.0
         return guided_latents(leaf, rewards, target, step_size=config.guidance_step_size)

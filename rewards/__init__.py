@@ -33,6 +33,8 @@ REWARDS = {
     "brightness": "mmalign.rewards.brightness:BrightnessReward",
     "callable": "mmalign.rewards.function:CallableReward",
     "clip": "mmalign.rewards.clip:ClipReward",
+    "command": "mmalign.rewards.command:CommandReward",
+    "http": "mmalign.rewards.http:HttpReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
     "people": "mmalign.rewards.people:PeopleReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",

@@ -57,18 +57,35 @@ class CombinedReward:
         )
         self.range = _range(training)
 
-    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(
+        self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
+    ) -> Tensor:
         """Score samples; returns the weighted sum (B,). Rewards that are `eval_only` do not run.
 
+        Args:
+            samples: images (B, 3, H, W) in [0, 1].
+            prompts: one per sample.
+            names: one per sample, for messages.
+
         Raises:
-            InputError: naming reward and sample, for a score that is not a finite number.
+            InputError: naming reward and sample, for a score that is not a finite number; naming
+                the reward, if it promises a gradient and its scores carry none.
         """
         raw = {
-            name: score_samples(reward, samples, prompts)
+            name: score_samples(reward, samples, prompts, names)
             for name, reward in self.rewards.items()
             if not self.configs[name].eval_only
         }
+        if samples.requires_grad and torch.is_grad_enabled():
+            self._check_gradients(raw)
         return combine_scores(raw, self.configs, prompts).total
+
+    def _check_gradients(self, raw: Mapping[str, Tensor]) -> None:
+        for name, scores in raw.items():
+            if self.rewards[name].differentiable and not scores.requires_grad:
+                raise InputError(
+                    f"reward {name} says that it is differentiable, but its scores have no gradient"
+                )
 
     def details(
         self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from mmalign.accelerator import SIGTERM_EXIT_CODE, StopSignal
 from mmalign.data.files import write_bytes, writing
-from mmalign.data.images import png_bytes
+from mmalign.data.images import encode_png
 from mmalign.data.labels import DATABASE, LabelGroup, LabelImage, Labels
 from mmalign.data.schema import content_hash
 from mmalign.data.votes import Tally
@@ -77,7 +77,7 @@ class PeopleReward:
         return torch.tensor(scores)
 
     def _save(self, sample: Tensor) -> LabelImage:
-        data = png_bytes(sample)
+        data = encode_png(sample, "sample")
         key = content_hash(data).hex()
         name = f"images/{key}.png"
         if not (self.folder / name).exists():

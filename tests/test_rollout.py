@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -81,20 +88,47 @@ def test_equals_the_plain_pipeline(
     assert_close(trajectory.latents[-1], want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        (PNDMScheduler, {"skip_prk_steps": True}),  # as Stable Diffusion 1.5 comes
+        (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+        (UniPCMultistepScheduler, {}),
+        (EulerDiscreteScheduler, {}),  # as SDXL comes
+    ],
+)
 def test_checkpoint_with_another_scheduler_is_sampled_by_ddim(
-    tiny_sd: Path, tmp_path: Path
+    scheduler: Any,
+    options: dict[str, Any],
+    tiny_sd: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """PNDM, as Stable Diffusion 1.5 comes, whose configuration may say nothing of clipping."""
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, use_safetensors=True)
-    config = {k: v for k, v in pipeline.scheduler.config.items() if k != "clip_sample"}
-    pipeline.scheduler = PNDMScheduler.from_config(config, skip_prk_steps=True)
-    pipeline.save_pretrained(tmp_path / "pndm")
+    """Their steps have no density, and their configurations may say nothing of clipping."""
+    shutil.copytree(tiny_sd, tmp_path / "other")
+    file = tmp_path / "other" / "scheduler" / "scheduler_config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k != "clip_sample"}
+    scheduler.from_config(config, **options).save_pretrained(file.parent)
+    index = tmp_path / "other" / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", scheduler.__name__))
     latents = torch.randn(2, *load(tiny_sd).latent_shape(16, 24))
-    ends = [
-        roll_out(make_sampler(load(folder), 4, eta=0.0), latents, torch.zeros).latents[-1]
-        for folder in (tiny_sd, tmp_path / "pndm")
-    ]
+    with caplog.at_level(logging.INFO, logger="mmalign"):
+        ends = [
+            roll_out(make_sampler(load(folder), 4, eta=0.0), latents, torch.zeros).latents[-1]
+            for folder in (tiny_sd, tmp_path / "other")
+        ]
     assert_close(ends[0], ends[1], atol=0, rtol=0)
+    said = f"training samples with DDIM; the checkpoint's {scheduler.__name__} only evaluates"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_checkpoint_without_a_diffusion_schedule_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sd, tmp_path / "flow")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "flow" / "scheduler")
+    index = tmp_path / "flow" / "model_index.json"
+    index.write_text(index.read_text().replace("DDIM", "FlowMatchEulerDiscrete"))
+    with pytest.raises(InputError, match=r"FlowMatch.*has no alphas_cumprod.*DDIM, .*Euler"):
+        load(tmp_path / "flow")
 
 
 def test_a_trajectory_continues_from_any_step(tiny_sd: Path) -> None:

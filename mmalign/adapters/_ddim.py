@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from mmalign.diffusion import PredictionType, SamplerGrid, Transition, ddim_transition
 from mmalign.types import Condition, InputError
+
+logger = logging.getLogger(__name__)
 
 
 class DdimSteps:
@@ -39,6 +42,9 @@ class DdimSteps:
     def sampler_grid(self, num_inference_steps: int) -> SamplerGrid:
         """Lay out DDIM steps by the checkpoint's own spacing and offset.
 
+        Only a step whose noise has a closed-form variance can be trained on. The solvers that
+        checkpoints come with (PNDM, DPM-Solver, UniPC, Euler) have none, so theirs is not taken.
+
         Raises:
             InputError: there are more steps than the schedule has timesteps.
         """
@@ -48,6 +54,9 @@ class DdimSteps:
                 f"sampling.num_inference_steps: must be between 1 and {total},"
                 f" got {num_inference_steps}"
             )
+        name = str(self._scheduler_config.get("_class_name", ""))
+        if not name.startswith("DDIM"):
+            logger.info("training samples with DDIM; the checkpoint's %s only evaluates", name)
         # Older schedulers' configurations lack clipping, which DDIM has on by default.
         scheduler: Any = DDIMScheduler.from_config(
             self._scheduler_config, clip_sample=False, thresholding=False

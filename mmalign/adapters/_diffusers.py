@@ -78,7 +78,10 @@ class DiffusersAdapter(DdimSteps, ABC):
         """Refuse a checkpoint that the family cannot handle."""
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             name = type(pipeline.scheduler).__name__
-            raise InputError(f"{source.name}: scheduler {name} has no alphas_cumprod")
+            raise InputError(
+                f"{source.name}: scheduler {name} has no alphas_cumprod, the noise schedule of"
+                " diffusion; DDIM, DDPM, PNDM, DPM-Solver, UniPC, Euler and LCM schedulers have"
+            )
 
     @property
     def pipeline(self) -> DiffusionPipeline:

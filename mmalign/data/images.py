@@ -153,14 +153,14 @@ def save_png(image: Tensor | Image.Image, path: Path | str) -> None:
         picture.save(temporary, format="PNG")
 
 
-def png_bytes(image: Tensor) -> bytes:
-    """Encode a tensor (3, H, W) in [0, 1], rounded to 8 bits, as PNG.
+def encode_png(image: Tensor, where: str) -> bytes:
+    """Encode a tensor (3, H, W) in [0, 1] as a PNG file, rounded to 8 bits.
 
     Raises:
-        InputError: if pixels are not finite.
+        InputError: naming `where`, if pixels are not finite.
     """
     buffer = BytesIO()
-    _to_picture(image, "sample").save(buffer, format="PNG")
+    _to_picture(image, where).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

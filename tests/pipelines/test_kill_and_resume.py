@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -14,6 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mmalign.checkpoint import latest_checkpoint
+from mmalign.cli import main
 from mmalign.config import DiffusionDpoConfig, dump_config
 from mmalign.data.writers import write_pairs
 from mmalign.options import parse_options
@@ -47,7 +53,10 @@ def command(tiny_sd: Path, tmp_path: Path) -> list[str]:
 
 def start(command: list[str], output: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [*command, f"--output_dir={output}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, f"--output_dir={output}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as this process, so that bits agree
     )
 
 
@@ -76,6 +85,10 @@ def test_killed_runs_end_where_undisturbed_ones_do(command: list[str], tmp_path:
     assert kill_at(start(command, parts), parts, 7, signal.SIGTERM) == 143
     assert 0 < lines(parts) < STEPS
     finish(start(command, parts))
+    assert_same_bits(whole, parts)
+
+
+def assert_same_bits(whole: Path, parts: Path) -> None:
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
     first, second = (
         load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
@@ -83,6 +96,65 @@ def test_killed_runs_end_where_undisturbed_ones_do(command: list[str], tmp_path:
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(value.abs().max() > 0 for key, value in first.items() if "lora_B" in key)
+
+
+ONLINE = {
+    "d3po": ["--clamp=none"],
+    "tailorpo": ["--train_steps=2", "--guidance_step_size=0.1"],
+    "draft": ["--num_lv_samples=1", "--kl_weight=0.1"],
+    "rocm": [],
+}
+ONLINE_STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def killed(
+    tiny_sd: Path, tiny_lcm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[list[str], Path, Future[str]]]]:
+    """Kill the command of each online method at a random moment of its training."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "prompts.txt").write_text("red\na red\nred red\n")
+
+    def kill(command: list[str], output: Path) -> str:
+        line, delay = random.randint(3, 5), random.uniform(0, 0.1)
+        process = start([sys.executable, "-m", "mmalign", *command], output)
+        while process.poll() is None and lines(output) < line:
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.kill()
+        text = process.communicate(timeout=120)[0].decode()
+        assert process.returncode == -signal.SIGKILL, text
+        return f"{delay:.3f} s after line {line}, at line {lines(output)}"
+
+    found = {}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for method, more in ONLINE.items():
+            command = [
+                *("train", method, f"--model={tiny_lcm if method == 'rocm' else tiny_sd}"),
+                *("--device=cpu", "--offline", f"--prompts={folder / 'prompts.txt'}"),
+                *('--rewards=[{"name": "brightness"}]', "--sampling.num_inference_steps=3"),
+                *("--sampling.guidance_scale=2", f"--max_steps={ONLINE_STEPS}", "--save_steps=2"),
+                *("--per_device_train_batch_size=2", "--learning_rate=0.01", "--lora.rank=2"),
+                *("--resume_from_checkpoint=latest", *more),
+            ]
+            output = folder / method
+            found[method] = (command, output, pool.submit(kill, command, output))
+        yield found
+
+
+@pytest.mark.parametrize("method", ONLINE)
+def test_killed_online_runs_end_where_undisturbed_ones_do(
+    method: str, killed: dict[str, tuple[list[str], Path, Future[str]]], tmp_path: Path
+) -> None:
+    command, parts, moment = killed[method]
+    assert main([*command, f"--output_dir={tmp_path}"]) == 0
+    sys.stderr.write(f"killed {moment.result()}\n")
+    assert 0 < lines(parts) < ONLINE_STEPS, moment.result()
+    assert not (parts / "adapter").exists()
+    assert latest_checkpoint(parts / "checkpoints") is not None
+    assert main([*command, f"--output_dir={parts}"]) == 0
+    assert_same_bits(tmp_path, parts)
 
 
 def test_written_configuration_reads_back(tmp_path: Path) -> None:
