@@ -69,6 +69,8 @@ class RunSummary:
         win_rate: of after against before; None when no judge was given.
         metrics: metric -> mean of the model under test, in runs that only evaluate; left out of
             `summary.json` when None.
+        cost: what training spent: `unet_forwards` and `unet_backwards` in rows through the
+            denoiser, `reward_queries` in images, `train_seconds`; left out when None.
     """
 
     method: str
@@ -83,6 +85,7 @@ class RunSummary:
     after: Mapping[str, float]
     win_rate: WinRateSummary | None
     metrics: Mapping[str, float] | None = None
+    cost: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +170,9 @@ def write_summary(folder: Path, summary: RunSummary) -> Path:
     content = asdict(summary)
     if summary.win_rate is not None:
         content["win_rate"] = summary.win_rate._asdict()
-    if summary.metrics is None:
-        del content["metrics"]
+    for optional in ("metrics", "cost"):
+        if content[optional] is None:
+            del content[optional]
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
     return _write(folder / "summary.json", text + "\n")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,6 +54,7 @@ class Subject:
         device: torch device.
         config: resolved configuration as YAML.
         warnings: what training warned about.
+        cost: what training spent; None where nothing was trained.
         lora: whether a LoRA was trained, not the whole model.
     """
 
@@ -65,6 +66,7 @@ class Subject:
     device: str
     config: str
     warnings: Sequence[str] = ()
+    cost: Mapping[str, float] | None = None
     lora: bool = True
 
 
@@ -149,6 +151,7 @@ def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None)
         after={} if evaluation is None else evaluation.after,
         win_rate=None if evaluation is None else _win_rate(evaluation),
         metrics=evaluation.after if evaluation is not None and only_evaluated else None,
+        cost=subject.cost,
     )
     pairs = [] if evaluation is None else comparisons(evaluation)
     changes = {} if evaluation is None else evaluation.changes

@@ -32,6 +32,7 @@ from mmalign.pipelines._evaluation import (
     sample_side,
     write_results,
 )
+from mmalign.pipelines._meter import CostMeter
 from mmalign.reference import Reference, make_reference
 from mmalign.report import RunSummary
 from mmalign.trainer import Trainer
@@ -45,12 +46,14 @@ Step = Callable[[Any], StepOutput]
 class Run:
     """What a method's step works with.
 
-    `state` holds what belongs in the checkpoint besides the weights; a step may add to it.
+    `meter` counts what training costs. `state` holds what belongs in the checkpoint besides the
+    weights; a step may add to it.
     """
 
     adapter: ImageAdapter
     reference: Reference
     accelerator: Accelerator
+    meter: CostMeter
     state: dict[str, Stateful]
 
     @property
@@ -132,7 +135,8 @@ def train_and_compare(
         on_step=job.run.reference.update,
         backward=job.backward,
     )
-    result = trainer.train()
+    with job.run.meter.running():
+        result = trainer.train()
     adapter.denoiser = accelerator.unwrap_model(adapter.denoiser)
     with trainer.averaged_weights() if trainer.ema is not None else nullcontext():
         _save(config, adapter, output)
@@ -147,6 +151,7 @@ def train_and_compare(
         device=str(accelerator.device),
         config=resolved,
         warnings=result.warnings,
+        cost=job.run.meter.cost(),
         lora=config.lora.enabled,
     )
     summary = write_results(output, subject, evaluation)
@@ -169,10 +174,16 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
         denoiser.to(memory_format=torch.channels_last)
     reference = make_reference(adapter, config.lora, config)
     adapter.denoiser = accelerator.prepare_model(denoiser)
-    state: dict[str, Stateful] = {}
+    meter = CostMeter()
+    meter.watch(denoiser)
+    with reference.active():  # after full fine-tuning's deep copy, a network of its own
+        meter.watch(accelerator.unwrap_model(adapter.denoiser))
+    state: dict[str, Stateful] = {"meter": meter}
     if config.reference_update != "never":
         state["reference"] = reference
-    return Run(adapter=adapter, reference=reference, accelerator=accelerator, state=state)
+    return Run(
+        adapter=adapter, reference=reference, accelerator=accelerator, meter=meter, state=state
+    )
 
 
 def _save(config: RunConfig, adapter: Any, output: Path) -> None:
