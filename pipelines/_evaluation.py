@@ -80,6 +80,17 @@ def resolve_device(name: str) -> str:
     return accelerator.type if accelerator is not None else "cpu"
 
 
+def evaluation_prompts(config: EvalConfig) -> list[str]:
+    """Read the prompts of an evaluation.
+
+    Raises:
+        InputError: if none are given or they cannot be read.
+    """
+    if config.prompts is None:
+        raise InputError("evaluation.prompts is missing: give a file with one prompt per line")
+    return read_prompts(config.prompts, config.num_prompts)
+
+
 def judge_rewards(config: EvalConfig, device: str) -> Judges:
     """Load the rewards and the judge of an evaluation.
 
@@ -89,7 +100,7 @@ def judge_rewards(config: EvalConfig, device: str) -> Judges:
     """
     if config.prompts is None:
         return Judges([], None)
-    _prompts(config)
+    evaluation_prompts(config)
     place = resolve_device(device)
     judge = load_reward(config.judge, place) if config.judge is not None else None
     return Judges(load_rewards(config.rewards, place), judge)
@@ -104,7 +115,7 @@ def sample_side(
     """
     if config.prompts is None:
         return None
-    prompts, seeds = plan(_prompts(config), config.images_per_prompt, sampling.seed)
+    prompts, seeds = plan(evaluation_prompts(config), config.images_per_prompt, sampling.seed)
     return sample_images(adapter, prompts, seeds, sampling, description)
 
 
@@ -121,7 +132,7 @@ def measure(
     return evaluate_models(
         before,
         after,
-        _prompts(config),
+        evaluation_prompts(config),
         rewards=judges.rewards,
         judge=judges.judge,
         images_per_prompt=config.images_per_prompt,
@@ -230,12 +241,6 @@ def results_table(evaluation: Evaluation) -> str:
     elif rate is not None:
         lines.append(f"win rate undecided: {evaluation.judge} called all {rate.n} pairs a tie")
     return "\n".join(lines)
-
-
-def _prompts(config: EvalConfig) -> list[str]:
-    if config.prompts is None:
-        raise InputError("evaluation.prompts is missing: give a file with one prompt per line")
-    return read_prompts(config.prompts, config.num_prompts)
 
 
 def _win_rate(evaluation: Evaluation) -> WinRateSummary | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from mmalign.data.order import BatchPlan
 from mmalign.lora import attach_lora, save_lora
 from mmalign.pipelines._evaluation import (
     Subject,
+    evaluation_prompts,
     judge_rewards,
     measure,
     results_table,
     sample_side,
     write_results,
 )
+from mmalign.pipelines._kl import base_of, kl_to_base
 from mmalign.pipelines._meter import CostMeter
 from mmalign.reference import Reference, make_reference
 from mmalign.report import RunSummary
@@ -141,7 +143,10 @@ def train_and_compare(
     with trainer.averaged_weights() if trainer.ema is not None else nullcontext():
         _save(config, adapter, output)
         after = sample_side(adapter, config.evaluation, config.sampling, "sample aligned")
+        divergence = _divergence(config, job.run)
     evaluation = measure(before, after, config.evaluation, judges, config.sampling.seed)
+    if evaluation is not None:
+        evaluation = replace(evaluation, after={**evaluation.after, **divergence})
     subject = Subject(
         method=method,
         model=config.model,
@@ -184,6 +189,15 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     return Run(
         adapter=adapter, reference=reference, accelerator=accelerator, meter=meter, state=state
     )
+
+
+def _divergence(config: RunConfig, run: Run) -> dict[str, float]:
+    """Measure `kl`, the divergence from the base; nothing where there are no evaluation prompts."""
+    base = base_of(config, run.adapter, run.reference)
+    if config.evaluation.prompts is None or base is None:
+        return {}
+    prompts = evaluation_prompts(config.evaluation)
+    return {"kl": kl_to_base(run.adapter, base, prompts, config.sampling, run.accelerator.autocast)}
 
 
 def _save(config: RunConfig, adapter: Any, output: Path) -> None:
