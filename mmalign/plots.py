@@ -44,6 +44,31 @@ class Panel:
     svg: Markup
 
 
+def series_of(records: Sequence[Mapping[str, float | None]]) -> dict[str, Series]:
+    """Collect each metric's points over steps; values missing or not finite are left out."""
+    lines: dict[str, Series] = {}
+    for record in records:
+        for name, value in record.items():
+            step = record.get("step")
+            if name != "step" and step is not None and value is not None and math.isfinite(value):
+                line = lines.setdefault(name, Series(name, []))
+                line.points.append((float(step), float(value)))
+    return lines
+
+
+def changes(records: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Panel:
+    """Draw metrics of different units together: changes, each in units of its own largest one."""
+    known = series_of(records)
+    lines = []
+    for name in names:
+        points = known[name].points
+        start = points[0][1]
+        largest = max(abs(y - start) for _, y in points) or 1.0
+        lines.append(Series(name, [(x, (y - start) / largest) for x, y in points]))
+    title = "Change since the start, relative to the largest"
+    return Panel(title, lines, chart(lines, title))
+
+
 def panels(records: Sequence[Mapping[str, float | None]]) -> list[Panel]:
     """Arrange logged metrics in charts.
 
@@ -53,18 +78,13 @@ def panels(records: Sequence[Mapping[str, float | None]]) -> list[Panel]:
     Args:
         records: lines of `metrics.jsonl`, each with `step`.
     """
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        for name, value in record.items():
-            step = record.get("step")
-            if name != "step" and step is not None and value is not None and math.isfinite(value):
-                lines.setdefault(name, []).append((float(step), float(value)))
+    lines = series_of(records)
     found = []
     for title, pattern in PANELS:
         names = [name for name in lines if re.fullmatch(pattern, name)]
         if names:
-            found.append((title, [Series(name, lines.pop(name)) for name in names]))
-    found += [(name, [Series(name, points)]) for name, points in lines.items()]
+            found.append((title, [lines.pop(name) for name in names]))
+    found += [(name, [line]) for name, line in lines.items()]
     return [Panel(title, series, chart(series, title)) for title, series in found]
 
 

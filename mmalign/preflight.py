@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import (
+    EvalConfig,
     GenerateConfig,
     OfflineConfig,
     OnlineConfig,
     PairsBuildConfig,
+    RunConfig,
     TrainConfig,
     as_path,
 )
@@ -31,10 +33,13 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "candidates_per_prompt": (2, _INF),
     "caption_dropout": (0, 1),
     "clip_range": (0, 1),
+    "curve_prompts": (1, _INF),
     "decode_batch_size": (1, _INF),
     "divergence_weight": (0, _INF),
+    "early_stopping_patience": (1, _INF),
     "ema_decay": (0, 1),
     "eta": (0, 1),
+    "every_steps": (0, _INF),
     "first_trained_step": (0, _INF),
     "gradient_accumulation_steps": (1, _INF),
     "guidance_step_size": (0, _INF),
@@ -103,6 +108,8 @@ def check_config(config: object) -> None:
         raise InputError(f"shard: {shard} must be below num_shards, which is {num_shards}")
     if isinstance(config, TrainConfig):
         _check_resume(config)
+    if isinstance(config, RunConfig):
+        _check_evaluation(config.evaluation)
     _check_contents(config)
 
 
@@ -161,6 +168,14 @@ def _check_resume(config: TrainConfig) -> None:
             f"output_dir: {folder} holds checkpoints of an earlier run; continue it with"
             " --resume_from_checkpoint latest, or choose another --output_dir"
         )
+
+
+def _check_evaluation(config: EvalConfig) -> None:
+    for name in ("every_steps", "early_stopping_metric"):
+        if getattr(config, name) and config.prompts is None:
+            raise InputError(f"evaluation.{name}: needs evaluation.prompts")
+    if config.early_stopping_metric is not None and not config.every_steps:
+        raise InputError("evaluation.early_stopping_metric: needs evaluation.every_steps above 0")
 
 
 def _check_contents(config: object) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mmalign.plots import panels
+from mmalign.plots import Panel, changes, panels
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ PACKAGES = (
     "open-clip-torch",
     "pillow",
 )
+COSTS = ("unet_forwards", "unet_backwards", "reward_queries")
 MAX_PICTURES = 24
 PICTURE_PIXELS = 320
 
@@ -120,6 +121,8 @@ class Report:
         changes: metric -> 95 % interval of after - before.
         comparisons: pictures side by side; long lists are thinned evenly.
         metrics: lines of `metrics.jsonl`.
+        curve: lines of `evaluations.jsonl`.
+        rewards: names of the metrics in `curve` that are rewards.
         config: resolved configuration as YAML.
         warnings: what the run warned about.
     """
@@ -128,6 +131,8 @@ class Report:
     changes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     comparisons: Sequence[Comparison] = ()
     metrics: Sequence[Mapping[str, float | None]] = ()
+    curve: Sequence[Mapping[str, float | None]] = ()
+    rewards: Sequence[str] = ()
     config: str = ""
     warnings: Sequence[str] = ()
 
@@ -156,6 +161,7 @@ def write_report(folder: Path, report: Report) -> Path:
             rows=rows,
             shown=_thinned(report.comparisons),
             panels=panels(report.metrics),
+            curves=_curves(report),
         )
     )
     return _write(folder / "report.html", text)
@@ -217,6 +223,17 @@ def peak_memory_mib(device: str = "cpu") -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _curves(report: Report) -> list[Panel]:
+    """Chart evaluations along training, what costs left out: first the rewards with the judge."""
+    shown = [{k: v for k, v in row.items() if k not in COSTS} for row in report.curve]
+    if len(shown) < 2:
+        return []
+    judge = report.summary.win_rate.judge if report.summary.win_rate is not None else None
+    together = [name for name in (*report.rewards, judge) if name in shown[0]]
+    first = [changes(shown, together)] if judge in together and len(together) > 1 else []
+    return [*first, *panels(shown)]
 
 
 def _environment() -> Environment:

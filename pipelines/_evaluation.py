@@ -143,7 +143,7 @@ def measure(
 def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None) -> RunSummary:
     """Write `summary.json`, `report.html`, `samples/`, and after training the model card.
 
-    Curves come from `folder / "metrics.jsonl"` where there is one.
+    Curves come from `metrics.jsonl` and `evaluations.jsonl` in the folder, where they are.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -171,6 +171,8 @@ def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None)
         changes={name: change.ci95 for name, change in changes.items()},
         comparisons=pairs,
         metrics=read_metrics(folder / "metrics.jsonl"),
+        curve=read_metrics(folder / "evaluations.jsonl"),
+        rewards=[] if evaluation is None else evaluation.rewards,
         config=subject.config,
         warnings=subject.warnings,
     )

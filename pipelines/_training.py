@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmalign.accelerator import make_accelerator
@@ -24,7 +24,9 @@ from mmalign.config import RunConfig, dump_config
 from mmalign.data.files import write_bytes
 from mmalign.data.order import BatchPlan
 from mmalign.lora import attach_lora, save_lora
+from mmalign.pipelines._curve import Curve
 from mmalign.pipelines._evaluation import (
+    Judges,
     Subject,
     evaluation_prompts,
     judge_rewards,
@@ -127,6 +129,12 @@ def train_and_compare(
     write_bytes(output / "config.yaml", resolved.encode())
     before = sample_side(adapter, config.evaluation, config.sampling, "sample base")
     job = set_up(adapter, accelerator)
+    curve = _curve(config, job.run, judges, before)
+
+    def after_step(step: int) -> None:
+        job.run.reference.update(step)
+        curve.on_step(step)
+
     trainer = Trainer(
         config,
         accelerator=accelerator,
@@ -134,13 +142,15 @@ def train_and_compare(
         step=job.step,
         batches=job.batches,
         state=job.run.state,
-        on_step=job.run.reference.update,
+        on_step=after_step,
         backward=job.backward,
     )
-    with job.run.meter.running():
+    if trainer.ema is not None:
+        curve.averaged = trainer.averaged_weights
+    with closing(curve), job.run.meter.running():
         result = trainer.train()
     adapter.denoiser = accelerator.unwrap_model(adapter.denoiser)
-    with trainer.averaged_weights() if trainer.ema is not None else nullcontext():
+    with curve.final_weights():
         _save(config, adapter, output)
         after = sample_side(adapter, config.evaluation, config.sampling, "sample aligned")
         divergence = _divergence(config, job.run)
@@ -155,7 +165,7 @@ def train_and_compare(
         wall_seconds=time.monotonic() - started,
         device=str(accelerator.device),
         config=resolved,
-        warnings=result.warnings,
+        warnings=[*result.warnings, *curve.notes(result.step)],
         cost=job.run.meter.cost(),
         lora=config.lora.enabled,
     )
@@ -189,6 +199,21 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     return Run(
         adapter=adapter, reference=reference, accelerator=accelerator, meter=meter, state=state
     )
+
+
+def _curve(config: RunConfig, run: Run, judges: Judges, before: Tensor | None) -> Curve:
+    """Make what evaluates along training; early stopping belongs in the checkpoint."""
+    curve = Curve(
+        config,
+        adapter=run.adapter,
+        judges=judges,
+        meter=run.meter,
+        writes=run.accelerator.is_main_process,
+    )
+    curve.begin(before, run.trainable)
+    if curve.stopping is not None:
+        run.state["early_stopping"] = curve.stopping
+    return curve
 
 
 def _divergence(config: RunConfig, run: Run) -> dict[str, float]:
