@@ -152,17 +152,14 @@ def write_report(folder: Path, report: Report) -> Path:
         }
         for name in dict.fromkeys([*report.summary.before, *report.summary.after])
     ]
-    text = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            summary=report.summary,
-            rows=rows,
-            shown=_thinned(report.comparisons),
-            panels=panels(report.metrics),
-            curves=_curves(report),
-        )
+    text = render(
+        "report.html.j2",
+        report=report,
+        summary=report.summary,
+        rows=rows,
+        shown=_thinned(report.comparisons),
+        panels=panels(report.metrics),
+        curves=_curves(report),
     )
     return _write(folder / "report.html", text)
 
@@ -194,12 +191,14 @@ def write_model_card(folder: Path, summary: RunSummary, *, lora: bool = True) ->
     Raises:
         InputError: if the folder cannot be written.
     """
-    text = (
-        _environment()
-        .get_template("model_card.md.j2")
-        .render(summary=summary, lora=lora, packaged=summary.model.startswith("pkg://"))
-    )
+    packaged = summary.model.startswith("pkg://")
+    text = render("model_card.md.j2", summary=summary, lora=lora, packaged=packaged)
     return _write(folder / "README.md", text)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; text is escaped."""
+    return _environment().get_template(template).render(**values)
 
 
 def library_versions() -> dict[str, str]:

@@ -4,6 +4,13 @@ Option names follow Hugging Face's trainers where one exists. `mmalign.cli` fill
 defaults, then a YAML file, then flags; an unknown key is an error that names the nearest valid one.
 """
 
+from mmalign.config.compare import (
+    TRAIN_CONFIGS,
+    BudgetConfig,
+    BudgetUnit,
+    CompareConfig,
+    MethodConfig,
+)
 from mmalign.config.files import (
     as_path,
     dump_config,
@@ -56,6 +63,10 @@ from mmalign.config.parts import (
 
 __all__ = [
     "ATTENTION_TARGETS",
+    "TRAIN_CONFIGS",
+    "BudgetConfig",
+    "BudgetUnit",
+    "CompareConfig",
     "ConsistencyDpoConfig",
     "CurriculumConfig",
     "CurriculumDpoConfig",
@@ -73,6 +84,7 @@ __all__ = [
     "LoraConfig",
     "LossType",
     "MapoConfig",
+    "MethodConfig",
     "ModelConfig",
     "OfflineConfig",
     "OnBadRow",
