@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from mmalign.config import CompareConfig, as_path, dump_config
 from mmalign.data.files import write_bytes
-from mmalign.pipelines._compare_stats import Interval, MethodResult, results_json
+from mmalign.pipelines._compare_stats import MethodResult, results_json
 from mmalign.plots import Panel, Series, chart
 from mmalign.report import library_versions, render
 
-DASH = "\u2013"
+DASH, MINUS = "\u2013", "\u2212"
 
 
 class Column(NamedTuple):
@@ -33,7 +33,7 @@ class Cell(NamedTuple):
 
 def signed(value: float) -> str:
     """Write a change."""
-    return f"{value:+.3f}".replace("-", "\u2212")
+    return f"{value:+.3f}".replace("-", MINUS)
 
 
 def percent(value: float) -> str:
@@ -48,26 +48,34 @@ def count(value: float) -> str:
 
 def short(value: float) -> str:
     """Write a number with three digits."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.3g}".replace("-", MINUS)
 
 
-COLUMNS = (
-    Column("win rate", lambda r: "win_rate", percent),
+WIN_RATE = Column("win rate", lambda r: "win_rate", percent)
+QUALITY = (
+    WIN_RATE,
     Column("judge", lambda r: f"change/{r.judge}", signed),
     Column("reward", lambda r: f"change/{r.reward}", signed),
     Column("correct", lambda r: "after/correct", percent),
     Column("valid", lambda r: "after/valid", percent),
     Column("diversity", lambda r: "change/diversity", signed),
     Column("KL", lambda r: "after/kl", short),
+)
+COST = (
     Column("steps", lambda r: "steps", count),
     Column("queries", lambda r: "cost/reward_queries", count),
     Column("forwards", lambda r: "cost/unet_forwards", count),
     Column("backwards", lambda r: "cost/unet_backwards", count),
     Column("seconds", lambda r: "cost/train_seconds", count),
-    Column("MiB", lambda r: "peak_memory_mib", count),
+    Column("peak MiB", lambda r: "peak_memory_mib", count),
 )
-CONSTANT = {"steps", "queries", "forwards", "backwards", "MiB"}
-"""Columns without interval: the same, or nearly, for every seed."""
+
+
+class Table(NamedTuple):
+    """Heads, and a row of cells per method."""
+
+    heads: list[str]
+    rows: list[tuple[str, list[Cell]]]
 
 
 def write_results(config: CompareConfig, results: Sequence[MethodResult]) -> str:
@@ -91,30 +99,44 @@ def write_results(config: CompareConfig, results: Sequence[MethodResult]) -> str
     return f"{table}\nreport: {folder / 'report.html'}"
 
 
-def shown_columns(results: Sequence[MethodResult]) -> list[Column]:
-    """Leave out columns that no method has."""
-    return [c for c in COLUMNS if any(r.metric(c.key(r)).n for r in results)]
-
-
 def cell(result: MethodResult, column: Column) -> Cell:
-    """Write one number with its interval."""
+    """Write one number with its interval; costs, nearly the same for all seeds, go without."""
     value = result.metric(column.key(result))
     if not value.n:
         return Cell(DASH, "")
-    return Cell(column.form(value.mean), _interval(value, column))
+    if value.n < 2 or column in COST:
+        return Cell(column.form(value.mean), "")
+    return Cell(column.form(value.mean), f"[{column.form(value.low)}, {column.form(value.high)}]")
+
+
+def quality_table(results: Sequence[MethodResult]) -> Table:
+    """Lay out what came of it; columns that no method has are left out."""
+    columns = _shown(results, QUALITY)
+    table = _table(results, columns)
+    if WIN_RATE in columns:
+        table.heads.insert(1, "pooled")
+        for result, (_, cells) in zip(results, table.rows, strict=True):
+            cells.insert(1, _pooled(result))
+    return table
+
+
+def cost_table(results: Sequence[MethodResult]) -> Table:
+    """Lay out what it took."""
+    table = _table(results, _shown(results, COST))
+    table.heads.insert(0, "seeds")
+    for result, (_, cells) in zip(results, table.rows, strict=True):
+        cells.insert(0, Cell(_seeds(result), ""))
+    return table
 
 
 def markdown(config: CompareConfig, results: Sequence[MethodResult]) -> str:
-    """Lay the results out as a Markdown table with its explanation."""
-    columns = shown_columns(results)
-    head = ["method", "seeds", *(column.head for column in columns)]
-    head.insert(3, "pooled win rate")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for result in results:
-        cells = [result.name, _seeds(result)]
-        cells += [" ".join(cell(result, column)).strip() for column in columns]
-        cells.insert(3, _pooled(result))
-        lines.append("| " + " | ".join(cells) + " |")
+    """Lay the results out as one Markdown table with its explanation."""
+    quality, cost = quality_table(results), cost_table(results)
+    heads = ["method", *quality.heads, *cost.heads]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for (name, left), (_, right) in zip(quality.rows, cost.rows, strict=True):
+        texts = [" ".join(cell).strip() for cell in (*left, *right)]
+        lines.append("| " + " | ".join([name, *texts]) + " |")
     return "\n".join([*lines, "", "\n\n".join(explanation(config, results))]) + "\n"
 
 
@@ -143,15 +165,11 @@ def explanation(config: CompareConfig, results: Sequence[MethodResult]) -> list[
 
 def page(config: CompareConfig, results: Sequence[MethodResult]) -> str:
     """Make the page: one file that needs neither network nor scripts."""
-    columns = shown_columns(results)
     return render(
         "compare.html.j2",
         config=config,
         results=results,
-        columns=columns,
-        cells={r.name: [cell(r, column) for column in columns] for r in results},
-        pooled={r.name: _pooled(r) for r in results},
-        seeds={r.name: _seeds(r) for r in results},
+        tables=[("What came of it", quality_table(results)), ("What it took", cost_table(results))],
         forest=[_forest_row(r) for r in results if r.metric("win_rate").n],
         curves=[(r, _curves(r, results)) for r in results if len(r.curve) > 1],
         sentences=explanation(config, results),
@@ -169,7 +187,7 @@ def _forest_row(result: MethodResult) -> dict[str, Any]:
         "point": 100 * value.mean,
         "left": 100 * low,
         "width": 100 * (high - low),
-        "cell": cell(result, COLUMNS[0]),
+        "cell": cell(result, WIN_RATE),
     }
 
 
@@ -200,17 +218,20 @@ def _line(result: MethodResult, across: str, up: str) -> Series:
     return Series(result.name, [(row[across], row[up]) for row in rows])
 
 
-def _interval(value: Interval, column: Column) -> str:
-    if value.n < 2 or column.head in CONSTANT:
-        return ""
-    return f"[{column.form(value.low)}, {column.form(value.high)}]"
+def _shown(results: Sequence[MethodResult], columns: Sequence[Column]) -> list[Column]:
+    return [c for c in columns if any(r.metric(c.key(r)).n for r in results)]
 
 
-def _pooled(result: MethodResult) -> str:
+def _table(results: Sequence[MethodResult], columns: Sequence[Column]) -> Table:
+    rows = [(result.name, [cell(result, column) for column in columns]) for result in results]
+    return Table([column.head for column in columns], rows)
+
+
+def _pooled(result: MethodResult) -> Cell:
     rate = result.pooled
     if not math.isfinite(rate.value):
-        return DASH
-    return f"{percent(rate.value)} ({rate.wins}:{rate.losses})"
+        return Cell(DASH, "")
+    return Cell(percent(rate.value), f"{rate.wins}:{rate.losses}")
 
 
 def _seeds(result: MethodResult) -> str:

@@ -53,6 +53,7 @@ class Runner:
     def __init__(self, processes: int, bar: tqdm[Any]) -> None:
         """Run `processes` tasks at a time and advance `bar` by one for each that ends."""
         self._processes, self._bar = processes, bar
+        self._shown = ""
         self.failed: dict[str, str] = {}
 
     def run(self, tasks: Sequence[Task]) -> None:
@@ -67,7 +68,7 @@ class Runner:
             while waiting or active:
                 while waiting and len(active) < self._processes:
                     self._begin(waiting.pop(0), active)
-                self._bar.set_description(", ".join(a.task.label for a in active)[:60] or "done")
+                self._show(active)
                 time.sleep(POLL_SECONDS if active else 0)
                 for item in [a for a in active if a.process.poll() is not None]:
                     active.remove(item)
@@ -77,6 +78,13 @@ class Runner:
                 item.process.terminate()
             for item in active:
                 item.process.wait()
+
+    def _show(self, active: Sequence[_Active]) -> None:
+        """Name what runs; the bar is drawn again only when that changes."""
+        text = ", ".join(item.task.label for item in active)[:60] or "done"
+        if text != self._shown:
+            self._shown = text
+            self._bar.set_description(text)
 
     def _begin(self, task: Task, active: list[_Active]) -> None:
         _claim(task)

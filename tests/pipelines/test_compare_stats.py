@@ -238,10 +238,14 @@ def test_table_and_page(tmp_path: Path) -> None:
     found = results()
     assert [result.name for result in found] == ["<better>", "worse", "none"]
     lines = markdown(config, found).splitlines()
-    assert lines[0].startswith("| method | seeds | win rate | pooled win rate | judge | reward |")
-    assert lines[2].startswith("| <better> | 2 | 68 % [0 %, 100 %] | 67 % (6:3) | +0.100 [")
-    assert lines[3].startswith("| worse | 2 (1 failed) | ")
-    assert lines[4].startswith("| none | 0 (3 failed) | \u2013 | \u2013 | \u2013 ")
+    assert lines[0].startswith(
+        "| method | win rate | pooled | judge | reward | diversity | KL | seeds |"
+    )
+    assert lines[2].startswith("| <better> | 68 % [0 %, 100 %] | 67 % 6:3 | +0.100 [")
+    assert lines[2].endswith(" | 2 | 7 | 0 | 100 | 2 | 50 |")
+    assert " | 2 (1 failed) | " in lines[3]
+    assert lines[4].startswith("| none | \u2013 | \u2013 | \u2013 | ")
+    assert " | 0 (3 failed) | " in lines[4]
     assert "3 seeds" in lines[6]
     text = page(config, found)
     assert "&lt;better&gt;" in text
