@@ -65,7 +65,7 @@ def changes(records: Sequence[Mapping[str, float | None]], names: Sequence[str])
         start = points[0][1]
         largest = max(abs(y - start) for _, y in points) or 1.0
         lines.append(Series(name, [(x, (y - start) / largest) for x, y in points]))
-    title = "Change since the start, relative to the largest"
+    title = "Change since the start, largest = 1"
     return Panel(title, lines, chart(lines, title))
 
 
