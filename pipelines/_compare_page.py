@@ -33,7 +33,8 @@ class Cell(NamedTuple):
 
 def signed(value: float) -> str:
     """Write a change."""
-    return f"{value:+.3f}".replace("-", MINUS)
+    text = f"{value:+.3f}"
+    return "0.000" if float(text) == 0 else text.replace("-", MINUS)
 
 
 def percent(value: float) -> str:
@@ -145,12 +146,12 @@ def explanation(config: CompareConfig, results: Sequence[MethodResult]) -> list[
     judge = next((r.judge for r in results if r.judge), None)
     rewards = ", ".join(dict.fromkeys(r.reward for r in results if r.reward))
     included = "" if config.budget.unit == "steps" else ", pairs included"
-    between = "means over seeds; no interval, because there is one seed only"
-    if config.seeds > 1:
-        between = "means over seeds with the 95 % t-interval over seeds in brackets"
+    several = config.seeds > 1
+    seeds = f"{config.seeds} seeds" if several else "One seed"
+    between = "means with the 95 % t-interval over seeds in brackets" if several else "no interval"
     return [
         f"Budget: {config.budget.amount:g} {config.budget.unit} per run{included}. "
-        f"{config.seeds} seed{'s' if config.seeds > 1 else ''}: {between}.",
+        f"{seeds}: {between}.",
         f"The win rate is that of the trained model over its own base by {judge}, which no training"
         " saw, on the same prompts and seeds for all methods, ties left out; pooled, over all"
         " seeds' comparisons together."

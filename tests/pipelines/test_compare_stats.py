@@ -19,7 +19,7 @@ from mmalign.config import (
     PairsBuildConfig,
     SamplingConfig,
 )
-from mmalign.pipelines._compare_page import markdown, page, write_results
+from mmalign.pipelines._compare_page import markdown, page, percent, signed, write_results
 from mmalign.pipelines._compare_plan import (
     affordable_steps,
     check_pairs,
@@ -271,4 +271,9 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     config = CompareConfig(output_dir=str(tmp_path), seeds=1)
     text = markdown(config, [aggregate("a", "draft", [run(0, 3, 1)])])
     assert "| 75 % |" in text
-    assert "no interval" in text
+    assert "One seed: no interval." in text
+
+
+def test_numbers_as_text() -> None:
+    assert [signed(v) for v in (0.0123, -0.0123, -0.0001)] == ["+0.012", "\u22120.012", "0.000"]
+    assert [percent(v) for v in (-0.2, 0.614, 1.3)] == ["0 %", "61 %", "100 %"]
