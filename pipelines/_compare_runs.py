@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ class Runner:
         """
         waiting = list(tasks)
         active: list[_Active] = []
+        before = signal.signal(signal.SIGTERM, _leave)
         try:
             while waiting or active:
                 while waiting and len(active) < self._processes:
@@ -78,6 +80,7 @@ class Runner:
                 item.process.terminate()
             for item in active:
                 item.process.wait()
+            signal.signal(signal.SIGTERM, before)
 
     def _show(self, active: Sequence[_Active]) -> None:
         """Name what runs; the bar is drawn again only when that changes."""
@@ -111,6 +114,11 @@ class Runner:
         log = task.folder / LOG
         self.failed[task.label] = str(log)
         tqdm.write(f"{task.label} failed (exit code {code}): {_last_line(log)}; log: {log}")
+
+
+def _leave(number: int, frame: object) -> None:
+    """Turn SIGTERM into an exception: dying at once would leave the runs behind, unwatched."""
+    raise SystemExit(128 + number)
 
 
 def threads_each(processes: int) -> int:

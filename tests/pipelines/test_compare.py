@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from mmalign.config import BudgetConfig, CompareConfig, MethodConfig
 from mmalign.pipelines import _compare_runs, compare
-from mmalign.pipelines._compare_runs import threads_each
+from mmalign.pipelines._compare_runs import Runner, Task, threads_each
 from mmalign.types import InputError
 
 FORWARDS_PER_STEP = 96
@@ -173,6 +178,24 @@ def test_steps_need_no_probe(calls: list[list[str]], prompts: Path, tmp_path: Pa
     compare.run(comparison(tmp_path, prompts, budget=BudgetConfig(unit="steps", amount=5)))
     assert not any(part.endswith("/probe") for call in calls for part in call)
     assert steps(calls, "offline") == steps(calls, "online") == {"--max_steps=5"}
+
+
+def test_termination_ends_the_runs_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = subprocess.Popen
+    started: list[subprocess.Popen[bytes]] = []
+
+    def sleeping(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(real([sys.executable, "-c", "import time; time.sleep(60)"], **options))
+        return started[0]
+
+    monkeypatch.setattr(_compare_runs.subprocess, "Popen", sleeping)
+    handler = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with tqdm(disable=True) as bar, pytest.raises(SystemExit) as stop:
+        Runner(1, bar).run([Task("a", ["train"], tmp_path, lambda: False)])
+    assert stop.value.code == 143
+    assert started[0].poll() is not None
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_threads_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
