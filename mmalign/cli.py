@@ -77,6 +77,11 @@ COMMANDS: dict[Words, Command] = {
     ("train", "rocm"): Command(
         "RocmConfig", "mmalign.pipelines.rocm:run", "ROCM: the same for consistency models"
     ),
+    ("compare",): Command(
+        "CompareConfig",
+        "mmalign.pipelines.compare:run",
+        "methods at equal budgets over several seeds, in one table",
+    ),
     ("pairs", "build"): Command(
         "PairsBuildConfig",
         "mmalign.pipelines.pairs_build:run",

@@ -66,7 +66,8 @@ class Evaluation:
     """Everything measured; images and verdicts have one row per (prompt, index), prompt first.
 
     `before` and `after` map a metric to its mean for the base and the policy; `changes` to the mean
-    paired difference after - before with its interval.
+    paired difference after - before with its interval. `rewards` names the metrics that are rewards
+    rather than the judge or what follows from it.
     """
 
     prompts: list[str]
@@ -78,6 +79,7 @@ class Evaluation:
     judge: str | None
     images_before: Tensor
     images_after: Tensor
+    rewards: list[str] = field(default_factory=list)
     verdicts_before: list[Verdict] = field(default_factory=list)
     verdicts_after: list[Verdict] = field(default_factory=list)
 
@@ -280,11 +282,41 @@ def evaluate_models(
         changes=changes,
         win_rate=rate,
         judge=judge.name if judge is not None else None,
+        rewards=list(tables[0])[: len(rewards)],
         images_before=images[0],
         images_after=images[1],
         verdicts_before=verdicts[0],
         verdicts_after=verdicts[1],
     )
+
+
+def measure_images(
+    images: Tensor,
+    prompts: Sequence[str],
+    *,
+    rewards: Sequence[tuple[Reward, RewardConfig]] = (),
+    judge: Reward | None = None,
+) -> dict[str, float]:
+    """Measure one model: mean of each reward, then of the judge and its metrics, then diversity.
+
+    The names are those of `evaluate_models`.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+        prompts: prompt of each image.
+        rewards: rewards to report, each with its configuration (batch size).
+        judge: the judge, with the optional method `metrics`.
+
+    Raises:
+        InputError: if a score is bad.
+    """
+    rows = list(prompts)
+    names = [f"image {index} of prompt {prompt!r}" for index, prompt in enumerate(rows)]
+    table = _reward_table(images, rows, names, rewards)
+    if judge is not None:
+        _judge(judge, images, table, rows, names)
+    means = {name: float(values.mean()) for name, values in table.items()}
+    return means if len(set(rows)) == len(rows) else {**means, "diversity": diversity(images, rows)}
 
 
 def _images(source: Sampler | Tensor, prompts: list[str], seeds: list[int], side: str) -> Tensor:

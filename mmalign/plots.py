@@ -44,6 +44,31 @@ class Panel:
     svg: Markup
 
 
+def series_of(records: Sequence[Mapping[str, float | None]]) -> dict[str, Series]:
+    """Collect each metric's points over steps; values missing or not finite are left out."""
+    lines: dict[str, Series] = {}
+    for record in records:
+        for name, value in record.items():
+            step = record.get("step")
+            if name != "step" and step is not None and value is not None and math.isfinite(value):
+                line = lines.setdefault(name, Series(name, []))
+                line.points.append((float(step), float(value)))
+    return lines
+
+
+def changes(records: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Panel:
+    """Draw metrics of different units together: changes, each in units of its own largest one."""
+    known = series_of(records)
+    lines = []
+    for name in names:
+        points = known[name].points
+        start = points[0][1]
+        largest = max(abs(y - start) for _, y in points) or 1.0
+        lines.append(Series(name, [(x, (y - start) / largest) for x, y in points]))
+    title = "Change since the start, largest = 1"
+    return Panel(title, lines, chart(lines, title))
+
+
 def panels(records: Sequence[Mapping[str, float | None]]) -> list[Panel]:
     """Arrange logged metrics in charts.
 
@@ -53,24 +78,29 @@ def panels(records: Sequence[Mapping[str, float | None]]) -> list[Panel]:
     Args:
         records: lines of `metrics.jsonl`, each with `step`.
     """
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        for name, value in record.items():
-            step = record.get("step")
-            if name != "step" and step is not None and value is not None and math.isfinite(value):
-                lines.setdefault(name, []).append((float(step), float(value)))
+    lines = series_of(records)
     found = []
     for title, pattern in PANELS:
         names = [name for name in lines if re.fullmatch(pattern, name)]
         if names:
-            found.append((title, [Series(name, lines.pop(name)) for name in names]))
-    found += [(name, [Series(name, points)]) for name, points in lines.items()]
+            found.append((title, [lines.pop(name) for name in names]))
+    found += [(name, [line]) for name, line in lines.items()]
     return [Panel(title, series, chart(series, title)) for title, series in found]
 
 
-def chart(series: Sequence[Series], title: str) -> Markup:
-    """Draw lines over steps; CSS classes `s0`, `s1`, ... color them."""
-    points = [point for line in series for point in line.points]
+def chart(
+    series: Sequence[Series], title: str, *, behind: Sequence[Series] = (), x_title: str = ""
+) -> Markup:
+    """Draw lines; CSS classes `s0`, `s1`, ... color them.
+
+    Args:
+        series: lines over steps; with `x_title` paths of any shape, whose last point gets a dot.
+        title: read out in place of the picture.
+        behind: lines to compare with, drawn faint; the axes hold them too.
+        x_title: what is across, where it is not steps.
+    """
+    points = [point for line in (*series, *behind) for point in line.points]
+    height = HEIGHT + (16.0 if x_title else 0.0)
     x_low, x_high = _padded(min(x for x, _ in points), max(x for x, _ in points), 0.0)
     y_low, y_high = _padded(min(y for _, y in points), max(y for _, y in points), 0.06)
 
@@ -80,18 +110,35 @@ def chart(series: Sequence[Series], title: str) -> Markup:
         return f"{across:.1f},{down:.1f}"
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">',
+        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(title)}">',
         *(_horizontal(y, place(x_low, y)) for y in _ticks(y_low, y_high, 5)),
         *(_below(x, place(x, y_low)) for x in _ticks(x_low, x_high, 4)),
     ]
+    for line in behind:
+        parts.append(_polyline("behind", [place(*point) for point in line.points]))
     for index, line in enumerate(series):
+        if x_title:
+            places = [place(*point) for point in line.points]
+            parts += [_polyline(f"line s{index % 4}", places), _end(f"s{index % 4}", places[-1])]
+            continue
         thin = _thinned(line.points)
         smooth = _smoothed(thin)
         if smooth is not thin:
             raw = "raw faint" if len(series) > 2 else "raw"
             parts.append(_polyline(f"{raw} s{index % 4}", [place(*point) for point in thin]))
         parts.append(_polyline(f"line s{index % 4}", [place(*point) for point in smooth]))
+    if x_title:
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(
+            f'<text class="tick" x="{middle:g}" y="{height - 6:g}" text-anchor="middle">'
+            f"{escape(x_title)}</text>"
+        )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _end(css: str, place: str) -> str:
+    x, y = place.split(",")
+    return f'<circle class="{css} end" cx="{x}" cy="{y}" r="3.5"/>'
 
 
 def _polyline(css: str, places: list[str]) -> str:

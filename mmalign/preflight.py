@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import (
+    EvalConfig,
     GenerateConfig,
     OfflineConfig,
     OnlineConfig,
     OnlineDpoConfig,
     PairsBuildConfig,
+    RunConfig,
     TrainConfig,
     as_path,
 )
@@ -25,6 +27,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "adam_beta1": (0, 1),
     "adam_beta2": (0, 1),
     "adam_epsilon": (0, _INF),
+    "amount": (0, _INF),
     "anchor_weight": (0, _INF),
     "backprop_steps": (1, _INF),
     "batch_size": (1, _INF),
@@ -32,10 +35,14 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "candidates_per_prompt": (2, _INF),
     "caption_dropout": (0, 1),
     "clip_range": (0, 1),
+    "curve_points": (0, _INF),
+    "curve_prompts": (1, _INF),
     "decode_batch_size": (1, _INF),
     "divergence_weight": (0, _INF),
+    "early_stopping_patience": (1, _INF),
     "ema_decay": (0, 1),
     "eta": (0, 1),
+    "every_steps": (0, _INF),
     "first_trained_step": (0, _INF),
     "gradient_accumulation_steps": (1, _INF),
     "guidance_step_size": (0, _INF),
@@ -62,6 +69,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "pairs_per_prompt": (1, _INF),
     "per_device_train_batch_size": (1, _INF),
     "port": (0, 65535),
+    "processes": (1, _INF),
     "rank": (1, _INF),
     "reference_decay": (0, 1),
     "reference_update_steps": (1, _INF),
@@ -70,6 +78,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "save_steps": (0, _INF),
     "save_total_limit": (1, _INF),
     "seed": (0, 2**63 - 1),
+    "seeds": (1, _INF),
     "shard": (0, _INF),
     "stage_steps": (1, _INF),
     "top_k": (2, _INF),
@@ -109,6 +118,8 @@ def check_config(config: object) -> None:
         raise InputError(f"shard: {shard} must be below num_shards, which is {num_shards}")
     if isinstance(config, TrainConfig):
         _check_resume(config)
+    if isinstance(config, RunConfig):
+        _check_evaluation(config.evaluation)
     _check_contents(config)
 
 
@@ -167,6 +178,14 @@ def _check_resume(config: TrainConfig) -> None:
             f"output_dir: {folder} holds checkpoints of an earlier run; continue it with"
             " --resume_from_checkpoint latest, or choose another --output_dir"
         )
+
+
+def _check_evaluation(config: EvalConfig) -> None:
+    for name in ("every_steps", "early_stopping_metric"):
+        if getattr(config, name) and config.prompts is None:
+            raise InputError(f"evaluation.{name}: needs evaluation.prompts")
+    if config.early_stopping_metric is not None and not config.every_steps:
+        raise InputError("evaluation.early_stopping_metric: needs evaluation.every_steps above 0")
 
 
 def _check_contents(config: object) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mmalign.plots import panels
+from mmalign.plots import Panel, changes, panels
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ PACKAGES = (
     "open-clip-torch",
     "pillow",
 )
+COSTS = ("unet_forwards", "unet_backwards", "reward_queries")
 MAX_PICTURES = 24
 PICTURE_PIXELS = 320
 
@@ -69,6 +70,8 @@ class RunSummary:
         win_rate: of after against before; None when no judge was given.
         metrics: metric -> mean of the model under test, in runs that only evaluate; left out of
             `summary.json` when None.
+        cost: what training spent: `unet_forwards` and `unet_backwards` in rows through the
+            denoiser, `reward_queries` in images, `train_seconds`; left out when None.
     """
 
     method: str
@@ -83,6 +86,7 @@ class RunSummary:
     after: Mapping[str, float]
     win_rate: WinRateSummary | None
     metrics: Mapping[str, float] | None = None
+    cost: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,8 @@ class Report:
         changes: metric -> 95 % interval of after - before.
         comparisons: pictures side by side; long lists are thinned evenly.
         metrics: lines of `metrics.jsonl`.
+        curve: lines of `evaluations.jsonl`.
+        rewards: names of the metrics in `curve` that are rewards.
         config: resolved configuration as YAML.
         warnings: what the run warned about.
     """
@@ -125,6 +131,8 @@ class Report:
     changes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     comparisons: Sequence[Comparison] = ()
     metrics: Sequence[Mapping[str, float | None]] = ()
+    curve: Sequence[Mapping[str, float | None]] = ()
+    rewards: Sequence[str] = ()
     config: str = ""
     warnings: Sequence[str] = ()
 
@@ -144,16 +152,14 @@ def write_report(folder: Path, report: Report) -> Path:
         }
         for name in dict.fromkeys([*report.summary.before, *report.summary.after])
     ]
-    text = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            summary=report.summary,
-            rows=rows,
-            shown=_thinned(report.comparisons),
-            panels=panels(report.metrics),
-        )
+    text = render(
+        "report.html.j2",
+        report=report,
+        summary=report.summary,
+        rows=rows,
+        shown=_thinned(report.comparisons),
+        panels=panels(report.metrics),
+        curves=_curves(report),
     )
     return _write(folder / "report.html", text)
 
@@ -167,8 +173,9 @@ def write_summary(folder: Path, summary: RunSummary) -> Path:
     content = asdict(summary)
     if summary.win_rate is not None:
         content["win_rate"] = summary.win_rate._asdict()
-    if summary.metrics is None:
-        del content["metrics"]
+    for optional in ("metrics", "cost"):
+        if content[optional] is None:
+            del content[optional]
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
     return _write(folder / "summary.json", text + "\n")
 
@@ -184,12 +191,14 @@ def write_model_card(folder: Path, summary: RunSummary, *, lora: bool = True) ->
     Raises:
         InputError: if the folder cannot be written.
     """
-    text = (
-        _environment()
-        .get_template("model_card.md.j2")
-        .render(summary=summary, lora=lora, packaged=summary.model.startswith("pkg://"))
-    )
+    packaged = summary.model.startswith("pkg://")
+    text = render("model_card.md.j2", summary=summary, lora=lora, packaged=packaged)
     return _write(folder / "README.md", text)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; text is escaped."""
+    return _environment().get_template(template).render(**values)
 
 
 def library_versions() -> dict[str, str]:
@@ -213,6 +222,17 @@ def peak_memory_mib(device: str = "cpu") -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _curves(report: Report) -> list[Panel]:
+    """Chart evaluations along training, what costs left out: first the rewards with the judge."""
+    shown = [{k: v for k, v in row.items() if k not in COSTS} for row in report.curve]
+    if len(shown) < 2:
+        return []
+    judge = report.summary.win_rate.judge if report.summary.win_rate is not None else None
+    together = [name for name in (*report.rewards, judge) if name in shown[0]]
+    first = [changes(shown, together)] if judge in together and len(together) > 1 else []
+    return [*first, *panels(shown)]
 
 
 def _environment() -> Environment:

@@ -92,6 +92,7 @@ class Trainer:
             batches: given the number of optimizer steps done, yields the micro-batches that follow,
                 `gradient_accumulation_steps` per step.
             state: further objects to save and restore, by name; only caches change within a step.
+                One with a true `finished` ends training after the step that made it so.
             on_step: called with the step number after every update and before a checkpoint.
             backward: False when `step` calls `accelerator.backward` itself.
 
@@ -135,11 +136,6 @@ class Trainer:
             parts={"monitor": self._monitor, **(state or {})},
         )
 
-    @property
-    def stop_requested(self) -> bool:
-        """Whether SIGTERM has arrived; a long `on_step` may cut itself short."""
-        return self._stop.requested
-
     def train(self) -> TrainResult:
         """Train up to `max_steps`, resuming first when the configuration says so.
 
@@ -150,7 +146,7 @@ class Trainer:
             SystemExit: code 143 after SIGTERM.
         """
         config = self._config
-        start = self._state.resume()
+        start = step = self._state.resume()
         metrics: dict[str, float] = {}
         main = self._accelerator.is_main_process
         with ExitStack() as stack:
@@ -163,7 +159,8 @@ class Trainer:
                 tqdm(total=config.max_steps, initial=start, desc="train", disable=not main)
             )
             batches = iter(self._batches(start))
-            for step in range(start + 1, config.max_steps + 1):
+            while step < config.max_steps and not self._state.finished:
+                step += 1
                 metrics = self._train_step(step, batches)
                 bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
                 bar.update()
@@ -174,7 +171,7 @@ class Trainer:
                 self._save_or_stop(step)
         self._stop_if_idle(max(start, config.max_steps))
         return TrainResult(
-            step=max(start, config.max_steps),
+            step=step,
             resumed_from=start,
             metrics=metrics,
             warnings=self._monitor.warnings,
@@ -280,7 +277,7 @@ class Trainer:
     def _save_or_stop(self, step: int) -> None:
         config, stop = self._config, self._stop.agreed(self._accelerator)
         due = config.save_steps > 0 and step % config.save_steps == 0
-        if due or stop or step == config.max_steps:
+        if due or stop or step == config.max_steps or self._state.finished:
             self._save(step)
         if stop:
             logger.warning("SIGTERM: saved %s, stopping", self._state.last_path)

@@ -65,6 +65,11 @@ class TrainingState:
         self.last_step = 0
         self.last_path: Path | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether a part has an attribute `finished` that is true: training ends early."""
+        return any(getattr(part, "finished", False) for part in self._parts.values())
+
     def save(self, step: int) -> None:
         """Save a checkpoint of `step`, on the main process.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,6 +54,7 @@ class Subject:
         device: torch device.
         config: resolved configuration as YAML.
         warnings: what training warned about.
+        cost: what training spent; None where nothing was trained.
         lora: whether a LoRA was trained, not the whole model.
     """
 
@@ -65,6 +66,7 @@ class Subject:
     device: str
     config: str
     warnings: Sequence[str] = ()
+    cost: Mapping[str, float] | None = None
     lora: bool = True
 
 
@@ -93,6 +95,17 @@ def check_judge(rewards: Sequence[RewardConfig], config: EvalConfig) -> None:
             )
 
 
+def evaluation_prompts(config: EvalConfig) -> list[str]:
+    """Read the prompts of an evaluation.
+
+    Raises:
+        InputError: if none are given or they cannot be read.
+    """
+    if config.prompts is None:
+        raise InputError("evaluation.prompts is missing: give a file with one prompt per line")
+    return read_prompts(config.prompts, config.num_prompts)
+
+
 def judge_rewards(config: EvalConfig, device: str) -> Judges:
     """Load the rewards and the judge of an evaluation.
 
@@ -102,7 +115,7 @@ def judge_rewards(config: EvalConfig, device: str) -> Judges:
     """
     if config.prompts is None:
         return Judges([], None)
-    _prompts(config)
+    evaluation_prompts(config)
     place = resolve_device(device)
     judge = load_reward(config.judge, place) if config.judge is not None else None
     return Judges(load_rewards(config.rewards, place), judge)
@@ -117,7 +130,7 @@ def sample_side(
     """
     if config.prompts is None:
         return None
-    prompts, seeds = plan(_prompts(config), config.images_per_prompt, sampling.seed)
+    prompts, seeds = plan(evaluation_prompts(config), config.images_per_prompt, sampling.seed)
     return sample_images(adapter, prompts, seeds, sampling, description)
 
 
@@ -134,7 +147,7 @@ def measure(
     return evaluate_models(
         before,
         after,
-        _prompts(config),
+        evaluation_prompts(config),
         rewards=judges.rewards,
         judge=judges.judge,
         images_per_prompt=config.images_per_prompt,
@@ -145,7 +158,7 @@ def measure(
 def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None) -> RunSummary:
     """Write `summary.json`, `report.html`, `samples/`, and after training the model card.
 
-    Curves come from `folder / "metrics.jsonl"` where there is one.
+    Curves come from `metrics.jsonl` and `evaluations.jsonl` in the folder, where they are.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -164,6 +177,7 @@ def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None)
         after={} if evaluation is None else evaluation.after,
         win_rate=None if evaluation is None else _win_rate(evaluation),
         metrics=evaluation.after if evaluation is not None and only_evaluated else None,
+        cost=subject.cost,
     )
     pairs = [] if evaluation is None else comparisons(evaluation)
     changes = {} if evaluation is None else evaluation.changes
@@ -172,6 +186,8 @@ def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None)
         changes={name: change.ci95 for name, change in changes.items()},
         comparisons=pairs,
         metrics=read_metrics(folder / "metrics.jsonl"),
+        curve=read_metrics(folder / "evaluations.jsonl"),
+        rewards=[] if evaluation is None else evaluation.rewards,
         config=subject.config,
         warnings=subject.warnings,
     )
@@ -242,12 +258,6 @@ def results_table(evaluation: Evaluation) -> str:
     elif rate is not None:
         lines.append(f"win rate undecided: {evaluation.judge} called all {rate.n} pairs a tie")
     return "\n".join(lines)
-
-
-def _prompts(config: EvalConfig) -> list[str]:
-    if config.prompts is None:
-        raise InputError("evaluation.prompts is missing: give a file with one prompt per line")
-    return read_prompts(config.prompts, config.num_prompts)
 
 
 def _win_rate(evaluation: Evaluation) -> WinRateSummary | None:

@@ -23,6 +23,7 @@ from mmalign.data.prompts import read_prompts
 from mmalign.diffusion import SamplerGrid
 from mmalign.objectives.d3po import d3po_loss
 from mmalign.pipelines._evaluation import check_judge, resolve_device
+from mmalign.pipelines._meter import Score
 from mmalign.pipelines._training import Job, Run, Step, batch_plan, prepare, train_and_compare
 from mmalign.randomness import Key, keyed_generator
 from mmalign.report import RunSummary
@@ -55,14 +56,14 @@ class OnlineRun:
     Attributes:
         config: options of the run.
         run: adapter, reference, accelerator and state.
-        reward: the weighted sum that is trained on.
+        reward: the weighted sum that is trained on; its queries are counted.
         negative: the encoded empty prompt, one row.
         grid: the sampler's steps.
     """
 
     config: OnlineConfig
     run: Run
-    reward: CombinedReward
+    reward: Score
     negative: Condition
     grid: SamplerGrid
 
@@ -202,14 +203,15 @@ def train_online(
     def set_up(adapter: ImageAdapter, accelerator: Accelerator) -> Job:
         grid = adapter.sampler_grid(config.sampling.num_inference_steps)
         feed = _PromptFeed(config, prompts, adapter, accelerator)
+        run = prepare(config, adapter, accelerator)
         online = OnlineRun(
             config=config,
-            run=prepare(config, adapter, accelerator),
-            reward=reward,
+            run=run,
+            reward=run.meter.counted(reward),
             negative=feed.negative,
             grid=grid,
         )
-        return Job(run=online.run, step=make_step(online), batches=feed.batches, backward=backward)
+        return Job(run=run, step=make_step(online), batches=feed.batches, backward=backward)
 
     return train_and_compare(
         config, method=method, families=families, set_up=set_up, started=started

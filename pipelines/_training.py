@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmalign.accelerator import make_accelerator
@@ -24,14 +24,19 @@ from mmalign.config import RunConfig, dump_config
 from mmalign.data.files import write_bytes
 from mmalign.data.order import BatchPlan
 from mmalign.lora import attach_lora, save_lora
+from mmalign.pipelines._curve import Curve
 from mmalign.pipelines._evaluation import (
+    Judges,
     Subject,
+    evaluation_prompts,
     judge_rewards,
     measure,
     results_table,
     sample_side,
     write_results,
 )
+from mmalign.pipelines._kl import base_of, kl_to_base
+from mmalign.pipelines._meter import CostMeter
 from mmalign.reference import Reference, make_reference
 from mmalign.report import RunSummary
 from mmalign.trainer import Trainer
@@ -45,12 +50,14 @@ Step = Callable[[Any], StepOutput]
 class Run:
     """What a method's step works with.
 
-    `state` holds what belongs in the checkpoint besides the weights; a step may add to it.
+    `meter` counts what training costs. `state` holds what belongs in the checkpoint besides the
+    weights; a step may add to it.
     """
 
     adapter: ImageAdapter
     reference: Reference
     accelerator: Accelerator
+    meter: CostMeter
     state: dict[str, Stateful]
 
     @property
@@ -122,6 +129,12 @@ def train_and_compare(
     write_bytes(output / "config.yaml", resolved.encode())
     before = sample_side(adapter, config.evaluation, config.sampling, "sample base")
     job = set_up(adapter, accelerator)
+    curve = _curve(config, job.run, judges, before)
+
+    def after_step(step: int) -> None:
+        job.run.reference.update(step)
+        curve.on_step(step)
+
     trainer = Trainer(
         config,
         accelerator=accelerator,
@@ -129,15 +142,21 @@ def train_and_compare(
         step=job.step,
         batches=job.batches,
         state=job.run.state,
-        on_step=job.run.reference.update,
+        on_step=after_step,
         backward=job.backward,
     )
-    result = trainer.train()
+    if trainer.ema is not None:
+        curve.averaged = trainer.averaged_weights
+    with closing(curve), job.run.meter.running():
+        result = trainer.train()
     adapter.denoiser = accelerator.unwrap_model(adapter.denoiser)
-    with trainer.averaged_weights() if trainer.ema is not None else nullcontext():
+    with curve.final_weights():
         _save(config, adapter, output)
         after = sample_side(adapter, config.evaluation, config.sampling, "sample aligned")
+        divergence = _divergence(config, job.run)
     evaluation = measure(before, after, config.evaluation, judges, config.sampling.seed)
+    if evaluation is not None:
+        evaluation = replace(evaluation, after={**evaluation.after, **divergence})
     subject = Subject(
         method=method,
         model=config.model,
@@ -146,7 +165,8 @@ def train_and_compare(
         wall_seconds=time.monotonic() - started,
         device=str(accelerator.device),
         config=resolved,
-        warnings=result.warnings,
+        warnings=[*result.warnings, *curve.notes(result.step)],
+        cost=job.run.meter.cost(),
         lora=config.lora.enabled,
     )
     summary = write_results(output, subject, evaluation)
@@ -169,10 +189,40 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
         denoiser.to(memory_format=torch.channels_last)
     reference = make_reference(adapter, config.lora, config)
     adapter.denoiser = accelerator.prepare_model(denoiser)
-    state: dict[str, Stateful] = {}
+    meter = CostMeter()
+    meter.watch(denoiser)
+    with reference.active():  # after full fine-tuning's deep copy, a network of its own
+        meter.watch(accelerator.unwrap_model(adapter.denoiser))
+    state: dict[str, Stateful] = {"meter": meter}
     if config.reference_update != "never":
         state["reference"] = reference
-    return Run(adapter=adapter, reference=reference, accelerator=accelerator, state=state)
+    return Run(
+        adapter=adapter, reference=reference, accelerator=accelerator, meter=meter, state=state
+    )
+
+
+def _curve(config: RunConfig, run: Run, judges: Judges, before: Tensor | None) -> Curve:
+    """Make what evaluates along training; early stopping belongs in the checkpoint."""
+    curve = Curve(
+        config,
+        adapter=run.adapter,
+        judges=judges,
+        meter=run.meter,
+        writes=run.accelerator.is_main_process,
+    )
+    curve.begin(before, run.trainable)
+    if curve.stopping is not None:
+        run.state["early_stopping"] = curve.stopping
+    return curve
+
+
+def _divergence(config: RunConfig, run: Run) -> dict[str, float]:
+    """Measure `kl`, the divergence from the base; nothing where there are no evaluation prompts."""
+    base = base_of(config, run.adapter, run.reference)
+    if config.evaluation.prompts is None or base is None:
+        return {}
+    prompts = evaluation_prompts(config.evaluation)
+    return {"kl": kl_to_base(run.adapter, base, prompts, config.sampling, run.accelerator.autocast)}
 
 
 def _save(config: RunConfig, adapter: Any, output: Path) -> None:

@@ -51,6 +51,7 @@ def make_step(config: ConsistencyDpoConfig, run: Run) -> Step:
     settings = replace(config, model=config.teacher, family="auto", adapter=None)
     teacher = load_adapter(settings, device=run.accelerator.device, for_training=False)
     teacher.release_encoders()
+    run.meter.watch(teacher.denoiser)
 
     def loss(
         policy_distance: Tensor, ref_distance: Tensor, margins: Tensor

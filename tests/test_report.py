@@ -99,6 +99,11 @@ def test_summary_of_an_evaluation_has_metrics(tmp_path: Path) -> None:
     assert content["metrics"] == {"clip": 0.26}
 
 
+def test_summary_of_training_has_cost(tmp_path: Path) -> None:
+    content = json.loads(write_summary(tmp_path, summary(cost={"unet_forwards": 7})).read_text())
+    assert content["cost"] == {"unet_forwards": 7}
+
+
 def test_summary_is_valid_json_without_a_winner(tmp_path: Path) -> None:
     nan = math.nan
     rate = WinRateSummary(nan, (nan, nan), "parser", 5, 0, 0, 5, 0.5)

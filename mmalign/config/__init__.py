@@ -4,6 +4,13 @@ Option names follow Hugging Face's trainers where one exists. `mmalign.cli` fill
 defaults, then a YAML file, then flags; an unknown key is an error that names the nearest valid one.
 """
 
+from mmalign.config.compare import (
+    TRAIN_CONFIGS,
+    BudgetConfig,
+    BudgetUnit,
+    CompareConfig,
+    MethodConfig,
+)
 from mmalign.config.files import (
     as_path,
     dump_config,
@@ -59,7 +66,11 @@ from mmalign.config.parts import (
 
 __all__ = [
     "ATTENTION_TARGETS",
+    "TRAIN_CONFIGS",
+    "BudgetConfig",
+    "BudgetUnit",
     "CandidatesConfig",
+    "CompareConfig",
     "ConsistencyDpoConfig",
     "CurriculumConfig",
     "CurriculumDpoConfig",
@@ -77,6 +88,7 @@ __all__ = [
     "LoraConfig",
     "LossType",
     "MapoConfig",
+    "MethodConfig",
     "ModelConfig",
     "OfflineConfig",
     "OnBadRow",

@@ -281,7 +281,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Evaluation of base against aligned, done after training.
+    """Evaluation of base against aligned, done after training and, if asked for, during it.
 
     Attributes:
         prompts: file with one prompt per line (or .jsonl with `prompt`); no evaluation when
@@ -290,6 +290,13 @@ class EvalConfig:
         images_per_prompt: images per prompt and model, each with its own seed.
         rewards: rewards to report for both models.
         judge: the reward that decides who wins; no training reward may be it.
+        every_steps: while training, evaluate the policy every so many optimizer steps and append
+            the result to `evaluations.jsonl`; 0 evaluates only afterwards.
+        curve_prompts: use only the first so many prompts for that.
+        early_stopping_metric: end training when this metric of the evaluations no longer rises, and
+            put the best weights back: the name of a reward in `rewards`, best one that no training
+            sees, or `diversity`. Never the judge, which would no longer be independent.
+        early_stopping_patience: evaluations without a new best value before training ends.
     """
 
     prompts: str | None = None
@@ -297,6 +304,10 @@ class EvalConfig:
     images_per_prompt: int = 4
     rewards: list[RewardConfig] = field(default_factory=list)
     judge: RewardConfig | None = None
+    every_steps: int = 0
+    curve_prompts: int | None = None
+    early_stopping_metric: str | None = None
+    early_stopping_patience: int = 3
 
 
 @dataclass(kw_only=True)
