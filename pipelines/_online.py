@@ -57,6 +57,7 @@ class OnlineRun:
         config: options of the run.
         run: adapter, reference, accelerator and state.
         reward: the weighted sum that is trained on; its queries are counted.
+        rewards: its terms one by one, (R, B); counted alike.
         negative: the encoded empty prompt, one row.
         grid: the sampler's steps.
     """
@@ -64,6 +65,7 @@ class OnlineRun:
     config: OnlineConfig
     run: Run
     reward: Score
+    rewards: Score
     negative: Condition
     grid: SamplerGrid
 
@@ -86,13 +88,21 @@ class OnlineRun:
         keys = [(*key, *purpose) for key in batch.keys]
         return keyed_noise(shape, keys, self.run.accelerator.device)
 
-    @torch.no_grad()
     def score(self, latents: Tensor, batch: PromptBatch, copies: int) -> Tensor:
         """Score clean latents (copies * B, C, h, w) of the batch's prompts, (copies, B) float32."""
+        return self._score(self.reward, latents, batch, copies).view(copies, -1)
+
+    def score_each(self, latents: Tensor, batch: PromptBatch, copies: int) -> Tensor:
+        """Score like `score`, reward by reward, (R, copies, B)."""
+        count = len(batch.prompts)
+        return self._score(self.rewards, latents, batch, copies).view(-1, copies, count)
+
+    @torch.no_grad()
+    def _score(self, reward: Score, latents: Tensor, batch: PromptBatch, copies: int) -> Tensor:
         parts = (latents[i : i + DECODE_BATCH] for i in range(0, len(latents), DECODE_BATCH))
         images = torch.cat([self.run.adapter.decode(part) for part in parts])
-        scores = self.reward(images, batch.prompts * copies, batch.pair_ids * copies)
-        return scores.float().to(latents.device).view(copies, -1)
+        scores = reward(images, batch.prompts * copies, batch.pair_ids * copies)
+        return scores.float().to(latents.device)
 
 
 def drawn_steps(batch: PromptBatch, candidates: Sequence[int], count: int | None) -> list[int]:
@@ -208,6 +218,7 @@ def train_online(
             config=config,
             run=run,
             reward=run.meter.counted(reward),
+            rewards=run.meter.counted(reward.each),
             negative=feed.negative,
             grid=grid,
         )

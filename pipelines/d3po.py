@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmalign.config import D3poConfig
 from mmalign.diffusion import transition_logratio
-from mmalign.objectives.d3po import best_and_worst
+from mmalign.objectives.d3po import best_and_worst, dominating_pair
 from mmalign.pipelines._online import (
     ALL_TIED,
     OnlineRun,
@@ -104,8 +104,12 @@ def _sample(
 
 def _compare(config: D3poConfig, online: OnlineRun, batch: PromptBatch, clean: Tensor) -> Compared:
     copies, count = config.candidates, len(batch.prompts)
-    scores = online.score(clean, batch, copies)
-    best, worst, decided = best_and_worst(scores)
+    if config.preference == "pareto":
+        scores = online.score_each(clean, batch, copies)
+        best, worst, decided = dominating_pair(scores)
+    else:
+        scores = online.score(clean, batch, copies)
+        best, worst, decided = best_and_worst(scores)
     columns = torch.arange(count, device=scores.device)
     return Compared(best * count + columns, worst * count + columns, decided.float(), scores.mean())
 

@@ -71,14 +71,33 @@ class CombinedReward:
             InputError: naming reward and sample, for a score that is not a finite number; naming
                 the reward, if it promises a gradient and its scores carry none.
         """
-        raw = {
+        raw = self._trained_on(samples, prompts, names)
+        if samples.requires_grad and torch.is_grad_enabled():
+            self._check_gradients(raw)
+        return combine_scores(raw, self.configs, prompts).total
+
+    def each(
+        self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
+    ) -> Tensor:
+        """Score samples; returns every reward of the sum, normalized and weighted, (R, B).
+
+        Raises:
+            InputError: as `details`.
+        """
+        raw = self._trained_on(samples, prompts, names)
+        normalized = combine_scores(raw, self.configs, prompts).normalized
+        return torch.stack(
+            [self.configs[name].weight * scores for name, scores in normalized.items()]
+        )
+
+    def _trained_on(
+        self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None
+    ) -> dict[str, Tensor]:
+        return {
             name: score_samples(reward, samples, prompts, names)
             for name, reward in self.rewards.items()
             if not self.configs[name].eval_only
         }
-        if samples.requires_grad and torch.is_grad_enabled():
-            self._check_gradients(raw)
-        return combine_scores(raw, self.configs, prompts).total
 
     def _check_gradients(self, raw: Mapping[str, Tensor]) -> None:
         for name, scores in raw.items():

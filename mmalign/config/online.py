@@ -57,9 +57,12 @@ class D3poConfig(TrajectoryConfig):
 
     Attributes:
         candidates: trajectories per prompt; the best is paired with the worst.
+        preference: `sum` compares the weighted sum of the rewards; `pareto` wants a pair in which
+            no reward is lower and one is higher (the official code), else the prompt is a tie.
     """
 
     candidates: int = 2
+    preference: Literal["sum", "pareto"] = "sum"
 
 
 @dataclass(kw_only=True)

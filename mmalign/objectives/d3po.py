@@ -86,6 +86,28 @@ class BestWorst(NamedTuple):
     decided: Tensor
 
 
+def dominating_pair(scores: Tensor) -> BestWorst:
+    """Pair a candidate with one it dominates: no reward is lower and at least one is higher.
+
+    Of several such pairs, the one with the largest summed gap. Without any, the prompt is undecided
+    (D3PO's official code calls that a tie).
+
+    Args:
+        scores: scores of R rewards, each times its weight, (R, K, B).
+
+    Raises:
+        ValueError: If there are fewer than two candidates.
+    """
+    if scores.ndim != 3 or scores.shape[1] < 2:
+        raise ValueError(f"scores must be (R, K, B) with K >= 2, got {tuple(scores.shape)}")
+    gaps = scores[:, :, None] - scores[:, None]
+    dominates = (gaps >= 0).all(0) & (gaps > 0).any(0)
+    summed = gaps.sum(0).masked_fill(~dominates, -math.inf).flatten(0, 1)
+    largest, place = summed.max(0)
+    candidates = scores.shape[1]
+    return BestWorst(place // candidates, place % candidates, largest > -math.inf)
+
+
 def best_and_worst(scores: Tensor, *, min_gap: float = 0.0) -> BestWorst:
     """Pair the best with the worst of K candidates.
 

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mmalign.config import PreferenceConfig
-from mmalign.objectives.d3po import BestWorst, best_and_worst, clamp_logratios, d3po_loss
+from mmalign.objectives.d3po import (
+    BestWorst,
+    best_and_worst,
+    clamp_logratios,
+    d3po_loss,
+    dominating_pair,
+)
 from mmalign.types import LogRatios
 
 SIGMOID = PreferenceConfig()
@@ -98,6 +104,19 @@ def test_ties_are_never_decided() -> None:
     pair = best_and_worst(torch.tensor([[1.0, 1.0], [1.0, 1.1]]))
     assert isinstance(pair, BestWorst)
     assert pair.decided.tolist() == [False, True]
+
+
+def test_pareto_wants_no_reward_lower() -> None:
+    """Columns: 0 beats 2 widely and 1 narrowly; nobody dominates; equal in one, better in one."""
+    first = torch.tensor([[3.0, 1.0, 2.0], [2.0, 0.0, 2.0], [1.0, 2.0, 1.0]])
+    second = torch.tensor([[3.0, 0.0, 5.0], [2.0, 1.0, 4.0], [1.0, -1.0, 9.0]])
+    best, worst, decided = dominating_pair(torch.stack([first, second]))
+    assert decided.tolist() == [True, False, True]
+    assert (best[0], worst[0]) == (0, 2)
+    assert (best[2], worst[2]) == (0, 1)
+    assert not dominating_pair(torch.ones(2, 3, 1)).decided
+    with pytest.raises(ValueError, match="K >= 2"):
+        dominating_pair(torch.ones(2, 1, 1))
 
 
 @pytest.mark.parametrize(("shape", "gap"), [((1, 3), 0.0), ((3,), 0.0), ((2, 3), 1.0)])

@@ -153,6 +153,20 @@ def test_d3po_prefers_what_the_reward_prefers(tiny_sd: Path, prompts: Path, tmp_
     assert sum(line["rewards/accuracy"] for line in lines[-4:]) / 4 > 0.5
 
 
+def test_d3po_compares_by_pareto_dominance(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    bright, dark = RewardConfig(name="brightness"), RewardConfig(name="brightness", weight=-2.0)
+    options: dict[str, Any] = {"max_steps": 2, "preference": "pareto"}
+    one = train("d3po", tiny_sd, prompts, tmp_path / "one", rewards=[bright], **options)
+    plain = train("d3po", tiny_sd, prompts, tmp_path / "sum", rewards=[bright], max_steps=2)
+    assert [line["loss"] for line in one] == [line["loss"] for line in plain]
+    # What one reward gains the other loses: nobody dominates, although the sum decides.
+    both = {"rewards": [bright, dark]}
+    torn = train("d3po", tiny_sd, prompts, tmp_path / "sum of both", max_steps=2, **both)
+    assert [line["ties"] for line in torn] == [0, 0]
+    with pytest.raises(InputError, match="same reward as its rival"):
+        train("d3po", tiny_sd, prompts, tmp_path / "both", **options, **both)
+
+
 def test_d3po_trains_on_what_people_prefer(
     tiny_sd: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +247,7 @@ def test_bridged_gradient_is_the_whole_gradient(tiny_sd: Path, decode_batch_size
         config=OnlineConfig(),
         run=type("Run", (), {"adapter": adapter})(),
         reward=reward,
+        rewards=reward.each,
         negative={},
         grid=adapter.sampler_grid(2),
     )
