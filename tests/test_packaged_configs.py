@@ -14,6 +14,7 @@ CLASSES = {
     "curriculum_dpo": options.CurriculumDpoConfig,
     "diffusion_dpo": options.DiffusionDpoConfig,
     "diffusion_dpo_full": options.DiffusionDpoConfig,
+    "online_dpo": options.OnlineDpoConfig,
     "consistency_dpo": options.ConsistencyDpoConfig,
     "diffusion_kto": options.DiffusionKtoConfig,
     "mapo": options.MapoConfig,
