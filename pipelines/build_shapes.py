@@ -64,7 +64,7 @@ def run(config: BuildShapesConfig) -> None:
     save_pipeline(generator, output / "sd")
     student = build_student(generator, work, config.seed)
     save_pipeline(student, output / "lcm")
-    reward = build_reward(tokenizer, encoder, work, config.seed)
+    reward = build_reward(tokenizer, encoder, generator, work, config.seed)
     save_reward(reward, tokenizer, output / "clip")
     write_prompts(output.parent / "prompts")
     quality = measure(output, config.seed)

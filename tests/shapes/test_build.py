@@ -17,13 +17,14 @@ from transformers import CLIPTokenizer
 
 from mmalign.config import as_path
 from mmalign.pipelines.build_shapes import save_pipeline, write_hashes, write_prompts
-from mmalign.shapes.build import text_to_image
+from mmalign.shapes.build import decoded, text_to_image
 from mmalign.shapes.build.autoencoder import build_autoencoder, refine_decoder
 from mmalign.shapes.build.consistency import build_student
 from mmalign.shapes.build.loop import train
 from mmalign.shapes.build.measure import prompt_following
 from mmalign.shapes.build.near_miss import spoil, spoil_scene
 from mmalign.shapes.build.reward import build_reward, model_config, save_reward, text_tower
+from mmalign.shapes.build.scenes import pixels
 from mmalign.shapes.build.text import (
     QUESTIONS,
     Reader,
@@ -162,6 +163,44 @@ def test_spoilt_scenes_are_wrong_or_unclean() -> None:
     assert unclean < 60
 
 
+def test_spoilt_captions_turn_places_around() -> None:
+    rng = random.Random(0)
+    turned = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+    seen = set()
+    for _ in range(200):
+        truth = describe(sample_scene(rng, num_objects=1), rng)
+        if truth.place:
+            word = truth.place.split()[-1]
+            assert spoil(truth, rng, layout_share=1.0).text == truth.text.replace(
+                word, turned[word]
+            )
+            seen.add(word)
+    assert seen == set(turned)
+
+
+def test_decoded_scenes_are_described_truly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoded, "COUNT", 12)
+    generator = StableDiffusionPipeline.from_pretrained(as_path("pkg://mmalign.shapes/models/sd"))
+    data = decoded.DecodedScenes(generator, 0, tmp_path)
+    chosen, pictures = data.batch(random.Random(0), 6)
+    scenes, spoilt, blends, _ = pictures.chunk(4)
+    rendered = pixels([data.scenes[index] for index in chosen])
+    near_misses = pixels([data.spoilt[index] for index in chosen])
+    assert (scenes - rendered).abs().mean() < 0.02
+    # A blend is nearer to either side than the sides are to each other.
+    apart = (scenes - spoilt).abs().mean()
+    assert (blends - rendered).abs().mean() < apart
+    assert (blends - near_misses).abs().mean() < apart
+    for index in range(12):
+        truth = data.describe(index, random.Random(index))
+        assert all(truth.claims(data.scenes[index]).values())
+        assert not all(truth.claims(data.spoilt[index]).values())
+    again = decoded.DecodedScenes(generator, 0, tmp_path).batch(random.Random(0), 6)
+    assert torch.equal(again[1], pictures)
+
+
 @pytest.mark.parametrize(("share", "layout"), [(0.0, 1 - 0.6 ** (2 / 3)), (0.5, 0.644)])
 def test_layout_share_moves_timesteps_up(share: float, layout: float) -> None:
     """Half of 0.289, the share of the falling density above 600, and half of 1."""
@@ -175,6 +214,7 @@ def test_built_models_load_by_plain_upstream_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_to_image, "SCENES", 64)
+    monkeypatch.setattr(decoded, "COUNT", 24)
     work, output = tmp_path / "work", tmp_path / "models"
     tokenizer = build_tokenizer(0, captions=3000)
     encoder = build_text_encoder(tokenizer, work, 0, steps=2)
@@ -184,7 +224,7 @@ def test_built_models_load_by_plain_upstream_calls(
     refine_decoder(vae, work, 0, steps=2)
     save_pipeline(generator, output / "sd")
     save_pipeline(build_student(generator, work, 0, steps=2), output / "lcm")
-    reward = build_reward(tokenizer, encoder, work, 0, steps=2)
+    reward = build_reward(tokenizer, encoder, generator, work, 0, steps=(1, 2))
     save_reward(reward, tokenizer, output / "clip")
     write_prompts(tmp_path / "prompts")
     write_hashes(output)

@@ -29,7 +29,10 @@ have four objects. The generator ran with {generator}, the student with {student
 ## Limits
 
 They draw flat shapes and read a small grammar. Their use is to show and test alignment methods
-where the truth is known; they say nothing about photographs.
+where the truth is known; they say nothing about photographs. The reward tells colors, shapes,
+counts, sizes and backgrounds apart, but not which object is left of or above which (`layout`: 0.5
+is chance), as larger models of its kind are known for: a judge that sees more than the reward is
+part of what there is to show.
 """
 
 

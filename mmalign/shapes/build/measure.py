@@ -75,8 +75,9 @@ def reward_accuracy(folder: Path, seed: int, scenes: int = 500) -> dict[str, flo
     """How often the reward model picks the right caption of held-out scenes.
 
     `retrieval` is top-1 among all captions of the set; `near_miss` compares the true caption with
-    one that has a single claim changed, and `near_miss_picture` the true picture with one that has
-    a single thing changed.
+    one that has a single claim changed, `near_miss_picture` the true picture with one that has a
+    single thing changed, and `layout` the true caption with one that turns its relation or place
+    around.
     """
     model = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0]
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -90,9 +91,13 @@ def reward_accuracy(folder: Path, seed: int, scenes: int = 500) -> dict[str, flo
     wrong_images = model.encode_image(pixels(spoilt), normalize=True)
     similarity = images @ texts.T
     own = similarity.diagonal()
+    told = [index for index, truth in enumerate(truths) if truth.relation or truth.place]
+    turned = [spoil(truths[index], rng, layout_share=1.0).text for index in told]
+    around = model.encode_text(tokenizer(turned), normalize=True)
     return {
         "retrieval": (own >= similarity.max(1).values).float().mean().item(),
         "near_miss": (own > (images * wrong).sum(1)).float().mean().item(),
         "near_miss_picture": (own > (wrong_images * texts).sum(1)).float().mean().item(),
+        "layout": (own[told] > (images[told] * around).sum(1)).float().mean().item(),
         "scenes": scenes,
     }

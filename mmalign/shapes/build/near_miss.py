@@ -8,15 +8,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from mmalign.shapes.captions import RELATIONS, Description
+from mmalign.shapes.captions import PLACES, RELATIONS, Description
 from mmalign.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, sample_scene
 
 Subject = TypeVar("Subject", Description, Scene)
 Edit = Callable[[Subject, random.Random], Subject]
 
 
-def spoil(truth: Description, rng: random.Random) -> Description:
-    """Change one claim of a description, so that it is a near miss rather than another scene."""
+def spoil(truth: Description, rng: random.Random, layout_share: float = 0.0) -> Description:
+    """Change one claim of a description, so that it is a near miss rather than another scene.
+
+    Of the descriptions that say where things are, `layout_share` get that turned around.
+    """
+    if layout_share and (truth.relation or truth.place) and rng.random() < layout_share:
+        return _turn_relation(truth, rng) if truth.relation else _turn_place(truth, rng)
     edits: list[Edit[Description]] = [_recolor, _reshape, _drop_or_add]
     if len(truth.objects) > 1:
         edits.append(_swap_colors)
@@ -63,6 +68,13 @@ def _turn_relation(truth: Description, rng: random.Random) -> Description:
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     assert truth.relation in RELATIONS
     return replace(truth, relation=opposite[truth.relation])
+
+
+def _turn_place(truth: Description, rng: random.Random) -> Description:
+    assert truth.place in PLACES
+    x, y = PLACES[truth.place]
+    opposite = {direction: name for name, direction in PLACES.items()}
+    return replace(truth, place=opposite[-x, -y])
 
 
 def _repaint(subject: Subject, rng: random.Random) -> Subject:
