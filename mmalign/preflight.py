@@ -31,6 +31,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "anchor_weight": (0, _INF),
     "backprop_steps": (1, _INF),
     "batch_size": (1, _INF),
+    "beta": (0, _INF),
     "candidates": (2, _INF),
     "candidates_per_prompt": (2, _INF),
     "caption_dropout": (0, 1),

@@ -317,6 +317,7 @@ def test_wrong_flags(fails: Callable[..., str], flags: list[str], message: str) 
         ([*PAIRS, "--model", "./absent"], "model: no such file or folder: ./absent"),
         ([*PAIRS, "--max_steps", "0"], "max_steps: must be at least 1, got 0"),
         ([*PAIRS, "--learning_rate", "-1"], "learning_rate: must be at least 0, got -1"),
+        ([*PAIRS, "--beta", "-1"], "beta: must be at least 0, got -1"),
         ([*PAIRS, "--beta", ".nan"], "beta: must be a finite number"),
         ([*PAIRS, "--caption_dropout", "1.5"], "caption_dropout: must be between 0 and 1"),
         ([*PAIRS, "--lora.rank", "0"], "lora.rank: must be at least 1"),
