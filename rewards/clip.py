@@ -5,12 +5,16 @@ Radford et al. 2021, "Learning transferable visual models from natural language 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from mmalign.rewards._open_clip import load_open_clip
 from mmalign.types import Modality
+
+SHAPES_CLIP = "pkg://mmalign.shapes/models/clip"
+logger = logging.getLogger(__name__)
 
 
 class ClipReward:
@@ -28,7 +32,7 @@ class ClipReward:
 
     def __init__(
         self,
-        model: str = "pkg://mmalign.shapes/models/clip",
+        model: str | None = None,
         pretrained: str | None = None,
         precision: str = "fp32",
         device: str = "cpu",
@@ -37,7 +41,7 @@ class ClipReward:
 
         Args:
             model: open_clip architecture, `hf-hub:org/name`, `local-dir:folder`, a folder or
-                `pkg://package/folder`.
+                `pkg://package/folder`; Shapes world's own, with a warning, when omitted.
             pretrained: tag or weight file of a built-in architecture.
             precision: open_clip's precision name.
             device: torch device.
@@ -45,7 +49,12 @@ class ClipReward:
         Raises:
             InputError: if the model cannot be loaded.
         """
-        self.clip = load_open_clip(model, pretrained, device, precision)
+        if model is None:
+            logger.warning(
+                "reward clip: no model given, so Shapes world's own scores, which knows nothing of"
+                " photographs; for others set options.model, such as ViT-L-14 (pretrained: openai)"
+            )
+        self.clip = load_open_clip(model or SHAPES_CLIP, pretrained, device, precision)
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1]; returns (B,) on the images' device."""

@@ -63,3 +63,11 @@ def test_online_training_never_sees_the_judge_or_the_held_out_prompts() -> None:
         assert config.evaluation.judge.name not in {reward.name for reward in config.rewards}
         assert Path(config.evaluation.prompts or "").name == "held_out.txt"
         assert Path(config.prompts).name == "train.txt"
+
+
+@pytest.mark.parametrize("name", [n for n in packaged_configs() if not n.startswith("shapes_")])
+def test_real_checkpoints_are_not_scored_by_the_reward_of_shapes_world(name: str) -> None:
+    family, _, rest = name.partition("_")
+    config = parse_options(CLASSES[rest], ["--config", name], command="x")
+    for reward in [*getattr(config, "rewards", []), *config.evaluation.rewards]:
+        assert reward.name != "clip" or reward.options["model"] == "ViT-L-14", family

@@ -111,3 +111,10 @@ def test_pickled_weights_are_refused(clip_folder: Path, tmp_path: Path, exploit:
     with pytest.raises(InputError, match="pickled objects, which are never loaded"):
         ClipReward(str(tmp_path))
     assert not exploit.marker.exists()
+
+
+def test_the_reward_of_shapes_world_is_not_taken_silently(caplog: pytest.LogCaptureFixture) -> None:
+    ClipReward("pkg://mmalign.shapes/models/clip")
+    assert not caplog.records
+    ClipReward()
+    assert "knows nothing of photographs" in caplog.text
