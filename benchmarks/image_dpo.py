@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -74,21 +74,22 @@ def main() -> None:
     if options.side:
         sys.stdout.write(json.dumps(measure(options.side, options.model, options.steps)) + "\n")
         return
+    flags = ["--steps", str(options.steps), "--threads", str(options.threads)]
+    sys.exit(report(alternate(__file__, SIDES, options.rounds, flags)))
+
+
+def alternate(
+    script: str, sides: Iterable[str], rounds: int, flags: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure every side in a process of its own, one after the other, `rounds` times."""
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         build_model(Path(folder))
-        results = {side: [] for side in SIDES}
-        for _ in range(options.rounds):
-            for side in SIDES:
-                results[side].append(child(side, Path(folder), options))
-    sys.exit(report(results))
-
-
-def child(side: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one side in its own process."""
-    command = [sys.executable, __file__, "--side", side, "--model", str(model)]
-    command += ["--steps", str(options.steps), "--threads", str(options.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+        for side in list(results) * rounds:
+            command = [sys.executable, script, "--side", side, "--model", folder, *flags]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            results[side].append(json.loads(done.stdout.splitlines()[-1]))
+    return results
 
 
 def measure(side: str, model: Path, steps: int) -> dict[str, Any]:

@@ -19,9 +19,7 @@ import argparse
 import copy
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from image_dpo import build_model
+from image_dpo import alternate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -89,21 +87,8 @@ def main() -> None:
         result = measure(sides[options.side], options.model, options.updates)
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        build_model(Path(folder))
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-        for _ in range(options.rounds):
-            for name in sides:
-                results[name].append(child(name, Path(folder), options))
-    sys.exit(report(results))
-
-
-def child(name: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one side in its own process."""
-    command = [sys.executable, __file__, "--side", name, "--model", str(model)]
-    command += ["--updates", str(options.updates), "--threads", str(options.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    flags = ["--updates", str(options.updates), "--threads", str(options.threads)]
+    sys.exit(report(alternate(__file__, sides, options.rounds, flags)))
 
 
 def measure(side: Side, model: Path, updates: int) -> dict[str, Any]:

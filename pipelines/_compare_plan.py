@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmalign.config import (
+    EVALUATION_SEED,
     TRAIN_CONFIGS,
     BudgetConfig,
     CompareConfig,
@@ -25,8 +26,6 @@ from mmalign.data.prompts import read_prompts
 from mmalign.options import parse_options
 from mmalign.types import InputError
 
-EVALUATION_SEED = 1_000_000
-"""Evaluation images of seed s are keyed by this plus s: none is also a candidate for pairs."""
 COST_NAMES = {"seconds": "train_seconds"}
 PROBE_STEPS, TIMED_PROBE_STEPS = 2, 8
 OWN = ("output_dir", "seed", "sampling.seed", "resume_from_checkpoint", "pairs.path")

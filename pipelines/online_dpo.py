@@ -14,8 +14,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from mmalign.config import CandidatesConfig, EvalConfig, ModelConfig, OnlineDpoConfig
-from mmalign.config import PairsBuildConfig as BuildConfig
+from mmalign.config import (
+    CandidatesConfig,
+    EvalConfig,
+    ModelConfig,
+    OnlineDpoConfig,
+    PairsBuildConfig,
+)
 from mmalign.lora import WEIGHTS_NAME
 from mmalign.pipelines import diffusion_dpo
 from mmalign.pipelines._evaluation import check_judge
@@ -78,10 +83,10 @@ def _round(config: OnlineDpoConfig, number: int, adapter: str | None, started: f
 
 def _build_config(
     config: OnlineDpoConfig, number: int, adapter: str | None, pairs: Path
-) -> BuildConfig:
+) -> PairsBuildConfig:
     """Every round draws other candidates."""
     model = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
     how = {name: getattr(config.candidates, name) for name in CandidatesConfig.__dataclass_fields__}
     sampling = config.candidates.sampling
     how["sampling"] = replace(sampling, seed=derive_seed(sampling.seed, "round", number))
-    return BuildConfig(**{**model, **how, "adapter": adapter, "output": str(pairs)})
+    return PairsBuildConfig(**{**model, **how, "adapter": adapter, "output": str(pairs)})

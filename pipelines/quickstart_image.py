@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mmalign.config import (
+    EVALUATION_SEED,
     ConsistencyDpoConfig,
     CurriculumDpoConfig,
     DiffusionDpoConfig,
@@ -48,6 +49,6 @@ def run(config: QuickstartImageConfig) -> None:
 
 def _settings(config_class: type[Any], name: str, seed: int, *flags: str) -> Any:
     """Read a packaged configuration; evaluation images get other seeds than the candidates."""
-    sampling_seed = seed if config_class is PairsBuildConfig else seed + 1_000_000
+    sampling_seed = seed if config_class is PairsBuildConfig else seed + EVALUATION_SEED
     arguments = ["--config", name, f"--sampling.seed={sampling_seed}", *flags]
     return parse_options(config_class, arguments, command="quickstart image")

@@ -46,6 +46,7 @@ from mmalign.config.online import (
 )
 from mmalign.config.parts import (
     ATTENTION_TARGETS,
+    EVALUATION_SEED,
     CandidatesConfig,
     CurriculumConfig,
     EvalConfig,
@@ -66,6 +67,7 @@ from mmalign.config.parts import (
 
 __all__ = [
     "ATTENTION_TARGETS",
+    "EVALUATION_SEED",
     "TRAIN_CONFIGS",
     "BudgetConfig",
     "BudgetUnit",

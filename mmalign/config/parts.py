@@ -22,6 +22,10 @@ LossType = Literal[
 ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
+EVALUATION_SEED = 1_000_000
+"""Jobs that train from seed s key evaluation images by this plus s: none is also a candidate."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """A diffusion checkpoint and how to hold it.

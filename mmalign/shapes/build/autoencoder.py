@@ -8,15 +8,18 @@ alone is refined, which needs no new generator and sharpens small stars and tria
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from mmalign.shapes.build.loop import train
 from mmalign.shapes.build.scenes import pixels, training_scenes
+from mmalign.shapes.scene import Scene
 
 STEPS = 2000
 BATCH = 16
@@ -79,6 +82,18 @@ def refine_decoder(
         "decoder", decoder, loss_at, steps=steps, learning_rate=2e-3, state_file=work / "decoder.pt"
     )
     return vae
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, scenes: Sequence[Scene], batch_size: int) -> Tensor:
+    """Render scenes and encode them to latents (N, 4, 16, 16), not yet scaled."""
+    starts = tqdm(range(0, len(scenes), batch_size), desc="encode scenes")
+    return torch.cat(
+        [
+            vae.encode(pixels(list(scenes[start : start + batch_size]))).latent_dist.mean
+            for start in starts
+        ]
+    )
 
 
 def _arrangement(latents: Tensor, images: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ caption in few steps: at best as good as the scene itself.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +16,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmalign.shapes.build.autoencoder import encode_scenes
 from mmalign.shapes.build.near_miss import spoil_scene
-from mmalign.shapes.build.scenes import pixels, training_scenes
+from mmalign.shapes.build.scenes import training_scenes
 from mmalign.shapes.captions import Description, describe
 from mmalign.shapes.scene import Scene
 
@@ -50,7 +50,9 @@ class DecodedScenes:
         self._pictures: dict[str, Tensor] = torch.load(file, weights_only=True)
 
     def _decode(self, generator: StableDiffusionPipeline, seed: int) -> dict[str, Tensor]:
-        scenes, spoilt = (_encode(generator.vae, kind) for kind in (self.scenes, self.spoilt))
+        scenes, spoilt = (
+            encode_scenes(generator.vae, kind, BATCH) for kind in (self.scenes, self.spoilt)
+        )
         draws = torch.rand(len(scenes), 1, 1, 1, generator=torch.Generator().manual_seed(seed))
         blends = scenes.lerp(spoilt, BLEND[0] + (BLEND[1] - BLEND[0]) * draws)
         latents = {"scenes": scenes, "spoilt": spoilt, "blends": blends}
@@ -73,17 +75,6 @@ class DecodedScenes:
 def _bytes(pictures: Tensor) -> Tensor:
     """Turn pictures in [-1, 1] into bytes."""
     return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-@torch.no_grad()
-def _encode(vae: AutoencoderKL, scenes: Sequence[Scene]) -> Tensor:
-    batches = range(0, len(scenes), BATCH)
-    return torch.cat(
-        [
-            vae.encode(pixels(list(scenes[start : start + BATCH]))).latent_dist.mean
-            for start in tqdm(batches, desc="encode scenes")
-        ]
-    )
 
 
 @torch.no_grad()

@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from mmalign.shapes.build.autoencoder import encode_scenes
 from mmalign.shapes.build.loop import train
-from mmalign.shapes.build.scenes import pixels, training_scenes
+from mmalign.shapes.build.scenes import training_scenes
 from mmalign.shapes.build.text import WIDTH, tokenize
 from mmalign.shapes.captions import describe
 from mmalign.shapes.scene import Scene
 
 BATCH = 32
 SCENES = 40_000
+ENCODE_BATCH = 100
 CAPTION_DROPOUT = 0.1
 
 
@@ -56,16 +57,9 @@ class LatentScenes:
         self.scenes: list[Scene] = training_scenes(seed, -2, SCENES)
         file = work / "latents.pt"
         if not file.exists():
-            torch.save(self._encode(vae), file)
+            latents = encode_scenes(vae, self.scenes, ENCODE_BATCH)
+            torch.save(latents * vae.config.scaling_factor, file)
         self.latents: Tensor = torch.load(file, weights_only=True)
-
-    @torch.no_grad()
-    def _encode(self, vae: AutoencoderKL) -> Tensor:
-        parts = []
-        for start in tqdm(range(0, len(self.scenes), 100), desc="encode scenes"):
-            posterior = vae.encode(pixels(self.scenes[start : start + 100])).latent_dist
-            parts.append(posterior.mean * vae.config.scaling_factor)
-        return torch.cat(parts)
 
     def batch(self, step: int, size: int, dropout: float) -> tuple[Tensor, list[str]]:
         """Draw latents (size, 4, 16, 16) and their captions, some of them empty."""
