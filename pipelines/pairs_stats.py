@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from mmalign.config import PairsConfig
-from mmalign.data.readers import read_pairs
+from mmalign.data.detect import open_source
+from mmalign.data.readers import PairTable, scan
 from mmalign.data.stats import PairStats, pair_stats, plot_gaps
+from mmalign.types import InputError
 
 if TYPE_CHECKING:
     from mmalign.config import PairsCheckConfig
@@ -17,18 +18,17 @@ if TYPE_CHECKING:
 def run(config: PairsCheckConfig) -> None:
     """Print counts and gap quantiles, and write the histogram of gaps.
 
+    Every image is decoded, so that the bad rows are those of `pairs validate`.
+
     Raises:
-        InputError: if the pairs cannot be found or the picture cannot be written.
+        InputError: if the pairs cannot be found, there are no rows, or the picture cannot be
+            written.
     """
-    table = read_pairs(
-        PairsConfig(
-            path=config.path,
-            format=config.format,
-            max_pixels=config.max_pixels,
-            on_bad_row="skip",
-        )
-    )
-    stats = pair_stats(table)
+    source = open_source(config.path, config.format)
+    found = scan(source, max_pixels=config.max_pixels, full=True)
+    if not found.rows:
+        raise InputError(f"{config.path} has no rows")
+    stats = pair_stats(PairTable(found.pairs, found.bad_rows, found.ties))
     tqdm.write(stats_text(stats))
     if stats.gaps:
         plot_gaps(stats.gaps, config.output)

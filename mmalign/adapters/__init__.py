@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from mmalign.adapters._diffusers import DiffusersAdapter
+from mmalign.adapters._diffusers import DiffusersAdapter, no_file_bars
 from mmalign.adapters._source import FamilyName, find_model
 from mmalign.adapters.lcm import LatentConsistencyAdapter
 from mmalign.adapters.sd import StableDiffusionAdapter
@@ -12,7 +14,9 @@ from mmalign.adapters.sdxl import StableDiffusionXLAdapter
 from mmalign.config import ModelConfig, RunConfig
 from mmalign.lora import fold_lora, load_lora
 
-__all__ = ["DiffusersAdapter", "load_adapter"]
+__all__ = ["DiffusersAdapter", "load_adapter", "no_file_bars"]
+
+logger = logging.getLogger(__name__)
 
 _FAMILIES: dict[FamilyName, type[DiffusersAdapter]] = {
     "sd": StableDiffusionAdapter,
@@ -36,6 +40,7 @@ def load_adapter(
         InputError: model or LoRA do not exist, are damaged, pickled, of an unsupported kind, or do
             not fit together.
     """
+    logger.info("loading %s", config.model)
     trains_everything = for_training and isinstance(config, RunConfig) and not config.lora.enabled
     source = find_model(config, trains_everything=trains_everything)
     adapter = _FAMILIES[source.family].load(source, torch.device(device))
