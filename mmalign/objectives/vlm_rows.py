@@ -43,12 +43,14 @@ class TokenRule:
             `desensitised`, where tokens beyond the shorter answer's length weigh `ld_alpha`.
         average: divide the weighted sum by the sum of weights.
         gamma: weight of changed tokens, for `segments`.
+        strict: which tokens count as changed, for `segments`: see `sequence.changed_tokens`.
         ld_alpha: weight of excess tokens, for `desensitised`, in [0, 1].
     """
 
     weighting: Literal["uniform", "segments", "desensitised"] = "uniform"
     average: bool = False
     gamma: float = 5.0
+    strict: bool = False
     ld_alpha: float = 1.0
 
 
@@ -62,7 +64,8 @@ class Term:
         weight: multiplier of the loss.
         loss: f: a member of the shared family, or the `square`, or `preference`, the member that
             the run is configured with. Terms that compare images or anchor a reward name theirs,
-            because flipped labels and score margins have no meaning there.
+            because flipped labels and score margins have no meaning there. A member that looks at
+            both sides gets the sum of parts with positive and that of parts with negative c_k.
         offset: in nats, after beta.
         tokens: rule of this term; the preset's when omitted.
         level: `response`, or `token`: f of every single token position, averaged over positions.
@@ -269,6 +272,12 @@ def active(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 def plan_rows(preset: Preset) -> tuple[Row, ...]:
     """List the rows the policy is run on, each once, in order of first use."""
     return plan(preset).policy
+
+
+def segment_rule(preset: Preset) -> TokenRule | None:
+    """Return the rule for which `TokenLogps.changed` is needed, if there is one."""
+    rules = (preset.tokens, *(term.tokens for term in active(preset.terms)))
+    return next((r for r in rules if r is not None and r.weighting == "segments"), None)
 
 
 def reference_row(preset: Preset, row: Row) -> Row:

@@ -205,7 +205,7 @@ def test_swapping_sides_flips_the_margin(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["aot", "sft", "simpo", "sigmoid_norm", "ipo"])
 def test_losses_of_texts_are_refused_without_texts(name: str) -> None:
-    with pytest.raises(InputError, match="texts"):
+    with pytest.raises(InputError, match="of two answers"):
         losses(name, CHOSEN, REJECTED, Answers())
 
 

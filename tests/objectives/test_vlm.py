@@ -24,6 +24,7 @@ from mmalign.objectives.vlm import (
     plan,
     plan_rows,
     reduce_logps,
+    segment_rule,
     vlm_loss,
     with_image,
 )
@@ -103,11 +104,28 @@ def test_lengths_come_from_tokens_too() -> None:
 
 
 def test_a_term_with_a_loss_of_its_own_ignores_the_configured_one() -> None:
-    preset = with_terms(Term(name="anchor", coefficients={W: 1}))
-    config = PreferenceConfig(loss_type="ipo", length_normalize=True)
+    preset = with_terms(
+        Term(name="anchor", coefficients={W: 1}),
+        Term(name="dpo", coefficients={W: 1, L: -1}, loss="preference"),
+    )
+    config = PreferenceConfig(loss_type="ipo")
     loss, metrics = vlm_loss(POLICY, REFERENCE, preset, preference=config)
-    assert loss[0].item() == pytest.approx(math.log(1 + math.exp(-0.2)))
+    assert loss[0].item() == pytest.approx(math.log(1 + math.exp(-0.2)) + (4 - 5) ** 2)
     assert metrics["rewards/rejected"].item() == 0
+
+
+def test_a_configured_loss_is_never_ignored_in_silence() -> None:
+    config = PreferenceConfig(loss_type="ipo")
+    for name in ("simpo", "opa_token_level"):
+        with pytest.raises(InputError, match=f"preset {name} fixes its losses: leave out .* ipo"):
+            vlm_loss(POLICY, REFERENCE, PRESETS[name], preference=config)
+    with pytest.raises(InputError, match="aot needs the log-probs of two answers"):
+        vlm_loss(
+            dict.fromkeys(plan_rows(PRESETS["v_dpo"]), POLICY[W]),
+            dict.fromkeys(plan_rows(PRESETS["v_dpo"]), POLICY[W]),
+            PRESETS["v_dpo"],
+            preference=PreferenceConfig(loss_type="aot"),
+        )
 
 
 def test_the_reference_is_a_constant() -> None:
@@ -167,6 +185,18 @@ def test_token_rules() -> None:
         reduce_logps(TokenLogps(tokens.logps, tokens.mask), rule)
     with pytest.raises(ValueError, match="public lengths"):
         reduce_logps(tokens, TokenRule(weighting="desensitised"))
+
+
+def test_which_presets_need_changed_tokens() -> None:
+    needed = {name: segment_rule(preset) for name, preset in PRESETS.items()}
+    strict = {name: rule.strict for name, rule in needed.items() if rule is not None}
+    assert strict == {
+        "rlhf_v": False,
+        "rlhf_v_official": True,
+        "chip": False,
+        "chip_fused": True,
+    }
+    assert segment_rule(adapt(PRESETS["chip"], weights={"segment": 0})) is None
 
 
 def test_length_desensitised_dpo_discounts_what_the_longer_answer_has_more() -> None:
