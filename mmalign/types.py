@@ -242,11 +242,22 @@ class Branches(NamedTuple):
     features: ImageFeatures | None
 
 
+class Scored(NamedTuple):
+    """An answer of R tokens after its prefix.
+
+    `logps` (R,) float32 are the log-probabilities of its tokens; `states` (R, D), where asked for,
+    the last hidden states that predict them, the head's input.
+    """
+
+    logps: Tensor
+    states: Tensor | None = None
+
+
 class VlmAdapter(Protocol):
     """One family of vision-language models, seen by everything else.
 
-    `model` is the model of transformers with whatever LoRA it has. `policy` computes `token_logps`
-    with it and is what a pipeline may replace by a wrapped one. `fingerprint` identifies weights,
+    `model` is the model of transformers with whatever LoRA it has. `policy` scores answers with it
+    and is what a pipeline may replace by a wrapped one. `fingerprint` identifies weights,
     processor and chat template, for cache keys.
     """
 
@@ -263,8 +274,14 @@ class VlmAdapter(Protocol):
         """Run the vision tower and the projector."""
         ...
 
+    def score(
+        self, batch: Sequence[Branches], *, share_prefix: bool, states: bool = False
+    ) -> list[list[Scored]]:
+        """Score the answers of each prefix by `policy`."""
+        ...
+
     def token_logps(self, batch: Sequence[Branches], *, share_prefix: bool) -> list[list[Tensor]]:
-        """Score the answers of each prefix: log-probabilities (R,) float32 of their tokens."""
+        """Do the same, for the log-probabilities (R,) alone."""
         ...
 
     def generate(self, questions: Sequence[Question], config: GenerationConfig) -> list[str]:

@@ -8,9 +8,7 @@ from typing import Any, Literal
 from mmalign.config.parts import LoraConfig, OnBadRow, ReferenceConfig, TrainConfig
 
 VlmFamily = Literal["auto", "llava", "qwen_vl"]
-VlmPairsFormat = Literal[
-    "auto", "vlm_parquet", "vlm_jsonl", "trl", "rlhf_v", "swift", "llava", "llava_hound"
-]
+VlmPairsFormat = Literal["auto", "vlm", "trl", "rlhf_v", "swift", "llava"]
 LANGUAGE_TARGETS = [
     *("q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
@@ -51,7 +49,7 @@ class GenerationConfig:
         top_p: tokens are drawn from the smallest set with this probability.
         num_beams: beams, only with temperature 0.
         batch_size: questions answered at a time.
-        seed: base seed; the draws of each question are keyed by (seed, its place in the list).
+        seed: base seed; draws are keyed by (seed, question, images, times it was asked before).
     """
 
     max_new_tokens: int = 512
@@ -83,7 +81,9 @@ class VlmPairsConfig:
 
     Attributes:
         path: file (.parquet, .jsonl, .json), folder of them, or a pattern of files.
-        format: layout of `path`; `auto` recognises it.
+        format: columns of the rows: `vlm` (prompt or question, chosen, rejected, image or images),
+            TRL's vision preference, RLHF-V's JSON column, ms-swift's messages, LLaVA's
+            conversations; `auto` recognises it.
         images: folder that file names of images are relative to; the one of the file when omitted.
         on_bad_row: `stop` at the first bad row, or `skip`, count and list them.
         max_pixels: images with more pixels are refused before they are decoded.
