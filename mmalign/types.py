@@ -67,8 +67,9 @@ class VlmPair:
     """Two answers to one question about images, of which `chosen` is preferred.
 
     `prompt` is the user's text without placeholders of images. `images` come before it, in order;
-    those of a video are its frames, and there may be none. The rest is as in `PreferencePair`.
-    `where` names the row of the file in messages.
+    those of a video are its frames, and there may be none. `revised` is a corrected version of the
+    rejected answer, for methods that want one. The rest is as in `PreferencePair`. `where` names
+    the row of the file in messages.
     """
 
     pair_id: str
@@ -80,6 +81,7 @@ class VlmPair:
     score_rejected: float | None = None
     margin: float | None = None
     source: str | None = None
+    revised: str | None = None
     where: str = ""
 
 
@@ -221,6 +223,7 @@ class EncodedVlmPair:
         prefix_text: True at the tokens of the user's own text, (P,): neither template nor image.
         chosen_ids: answer with its end token, (R,).
         rejected_ids: the same of the other side.
+        revised_ids: the same of the revised answer, None without one.
         images: the images, None without any.
         truncated: whether an answer was shortened to fit.
     """
@@ -230,6 +233,7 @@ class EncodedVlmPair:
     prefix_text: Tensor
     chosen_ids: Tensor
     rejected_ids: Tensor
+    revised_ids: Tensor | None
     images: ImageInputs | None
     truncated: bool = False
 
@@ -243,10 +247,10 @@ class Branches(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """An answer of R tokens after its prefix.
+    """An answer of R tokens after its prefix of P tokens.
 
-    `logps` (R,) float32 are the log-probabilities of its tokens; `states` (R, D), where asked for,
-    the last hidden states that predict them, the head's input.
+    `logps` (R,) float32 are the log-probabilities of its tokens; `states` (P + R, D), where asked
+    for, the last hidden states of both: those from P - 1 on predict the answer's tokens.
     """
 
     logps: Tensor

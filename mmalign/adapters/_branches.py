@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from mmalign.sequence import head_logps
 from mmalign.types import Branches, ImageFeatures, Scored
 
 PADDING = -1
@@ -54,6 +54,38 @@ class _Sequence(NamedTuple):
     features: ImageFeatures | None
 
 
+class _Forward:
+    """Last hidden states (S, T, D) of the sequences of a forward, and how to read them."""
+
+    def __init__(self, sequences: Sequence[_Sequence], hidden: Tensor) -> None:
+        self._sequences, self._hidden = sequences, hidden
+        self.targets = torch.cat([s.targets for s in sequences]).to(hidden.device)
+        self.lengths = [
+            int((s.branch == number).sum())
+            for s in sequences
+            for number in range(1, int(s.branch.max()) + 1)
+        ]
+
+    def picked(self) -> Tensor:
+        """Gather the states (N, D) that predict the tokens of all answers in order."""
+        rows = [torch.full_like(s.sources, i) for i, s in enumerate(self._sequences)]
+        columns = [s.sources for s in self._sequences]
+        device = self._hidden.device
+        return self._hidden[torch.cat(rows).to(device), torch.cat(columns).to(device)]
+
+    def whole(self) -> list[Tensor]:
+        """Gather the states (P + R, D) of the prefix and of each answer."""
+        states = []
+        for sequence, hidden in zip(self._sequences, self._hidden, strict=True):
+            branch = sequence.branch.to(hidden.device)
+            own = hidden[: len(branch)]
+            states += [
+                own[(branch == 0) | (branch == number)]
+                for number in range(1, int(branch.max()) + 1)
+            ]
+        return states
+
+
 class AnswerScorer(nn.Module):
     """Computes log-probabilities of answer tokens with a model of transformers.
 
@@ -84,78 +116,79 @@ class AnswerScorer(nn.Module):
             share_prefix: compute each prefix once for all its answers.
             states: return hidden states as well.
         """
-        picked, targets = self._answer_states(batch, share_prefix)
-        values = [
-            self._logps(part, wanted)
-            for part, wanted in zip(
-                picked.split(self.logits_chunk), targets.split(self.logits_chunk), strict=True
-            )
-        ]
-        logps = _per_answer(torch.cat(values), batch)
-        hidden = _per_answer(picked, batch) if states else None
+        forward = self._run(batch, share_prefix)
+        head = output_head(self.model)
+        logps = head_logps(
+            forward.picked(),
+            forward.targets,
+            head.weight,
+            bias=head.bias,
+            chunk_size=self.logits_chunk,
+        )
+        whole = forward.whole() if states else [None] * len(forward.lengths)
+        scored = map(Scored, logps.split(forward.lengths), whole)
+        return [[next(scored) for _ in item.answers] for item in batch]
+
+    def embed(self, batch: Sequence[Branches]) -> list[list[Tensor]]:
+        """Look up the input embeddings (P + R, D) of each prefix with each of its answers."""
+        sequences = self._sequences(batch, share_prefix=False)
+        embeds, _ = self._embed(sequences)
+        rows = iter(embeds)
         return [
-            [
-                Scored(values, None if hidden is None else hidden[i][j])
-                for j, values in enumerate(answers)
-            ]
-            for i, answers in enumerate(logps)
+            [next(rows)[: len(item.prefix_ids) + len(answer)] for answer in item.answers]
+            for item in batch
         ]
 
     @torch.no_grad()
     def likeliest(self, batch: Sequence[Branches], share_prefix: bool = True) -> list[list[Tensor]]:
         """Predict the token (R,) at each place of each answer, given the answer's own before it."""
-        picked, _ = self._answer_states(batch, share_prefix)
-        tokens = [self._head(part).argmax(1) for part in picked.split(self.logits_chunk)]
-        return _per_answer(torch.cat(tokens), batch)
+        forward = self._run(batch, share_prefix)
+        parts = forward.picked().split(self.logits_chunk)
+        tokens = torch.cat([self._logits(part).argmax(1) for part in parts])
+        found = iter(tokens.split(forward.lengths))
+        return [[next(found) for _ in item.answers] for item in batch]
 
     def last_logits(self, batch: Sequence[Branches]) -> Tensor:
         """Compute the logits (B, V) of the token after each prefix, in float32."""
-        sequences = [
-            next(_sequences(item._replace(answers=()), self.layout.positions, True))
-            for item in batch
-        ]
+        sequences = self._sequences([item._replace(answers=()) for item in batch], True)
         hidden = self._hidden(sequences)
         last = torch.tensor([len(s.ids) - 1 for s in sequences], device=hidden.device)
-        picked = hidden[torch.arange(len(sequences), device=hidden.device), last]
-        return self._head(picked).float()
+        return self._logits(hidden[torch.arange(len(sequences), device=hidden.device), last])
 
-    def _answer_states(
-        self, batch: Sequence[Branches], share_prefix: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Run the model: hidden states (N, D) that predict answer tokens, and these tokens (N,)."""
-        sequences = [
-            sequence
-            for item in batch
-            for sequence in _sequences(item, self.layout.positions, share_prefix)
-        ]
-        hidden = self._hidden(sequences)
-        rows = torch.cat([torch.full_like(s.sources, i) for i, s in enumerate(sequences)])
-        columns = torch.cat([s.sources for s in sequences])
-        targets = torch.cat([s.targets for s in sequences]).to(hidden.device)
-        return hidden[rows.to(hidden.device), columns.to(hidden.device)], targets
+    def _sequences(self, batch: Sequence[Branches], share_prefix: bool) -> list[_Sequence]:
+        positions = self.layout.positions
+        return [s for item in batch for s in _sequences(item, positions, share_prefix)]
 
-    def _hidden(self, sequences: Sequence[_Sequence]) -> Tensor:
-        """Run the language model; returns last hidden states (S, T, D)."""
-        model: Any = self.model
-        embedding = model.get_input_embeddings()
+    def _run(self, batch: Sequence[Branches], share_prefix: bool) -> _Forward:
+        sequences = self._sequences(batch, share_prefix)
+        return _Forward(sequences, self._hidden(sequences))
+
+    def _embed(self, sequences: Sequence[_Sequence]) -> tuple[Tensor, Tensor]:
+        """Look up embeddings (S, T, D), images included, and where images are (S, T)."""
+        embedding = cast(Any, self.model).get_input_embeddings()
         device = embedding.weight.device
         length = max(len(s.ids) for s in sequences)
         ids = torch.stack([_padded(s.ids, length, 0) for s in sequences]).to(device)
-        positions = torch.stack([_continued(s.positions, length) for s in sequences], dim=1)
         visual = ids == self.layout.image_token_id
-        embeds = embedding(ids)
-        features = [s.features for s in sequences if s.features is not None]
-        more: dict[str, Any] = {}
+        embeds: Tensor = embedding(ids)
+        features = [s.features.embeds for s in sequences if s.features is not None]
         if features:
-            images = torch.cat([f.embeds.to(device, embeds.dtype) for f in features])
+            images = torch.cat([f.to(device, embeds.dtype) for f in features])
             embeds = embeds.masked_scatter(visual[..., None], images)
-            if features[0].deep:
-                more["visual_pos_masks"] = visual
-                more["deepstack_visual_embeds"] = [
-                    torch.cat([level.to(device) for level in levels])
-                    for levels in zip(*(f.deep for f in features), strict=True)
-                ]
-        output = model.model.language_model(
+        return embeds, visual
+
+    def _hidden(self, sequences: Sequence[_Sequence]) -> Tensor:
+        """Run the language model; returns last hidden states (S, T, D)."""
+        embeds, visual = self._embed(sequences)
+        length, device = embeds.shape[1], embeds.device
+        positions = torch.stack([_continued(s.positions, length) for s in sequences], dim=1)
+        deep = [s.features.deep for s in sequences if s.features is not None]
+        more: dict[str, Any] = {}
+        if deep and deep[0]:
+            more["visual_pos_masks"] = visual
+            levels = zip(*deep, strict=True)
+            more["deepstack_visual_embeds"] = [torch.cat(level).to(device) for level in levels]
+        output = cast(Any, self.model).model.language_model(
             inputs_embeds=embeds,
             attention_mask=_mask(sequences, length, device),
             position_ids=positions.to(device)[0 if self.layout.flat_positions else slice(None)],
@@ -165,21 +198,22 @@ class AnswerScorer(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        model: Any = self.model
-        logits: Tensor = model.get_output_embeddings()(hidden)
-        return logits
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = output_head(self.model)
+        return nn.functional.linear(hidden, head.weight, head.bias).float()
 
-    def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Score tokens (N,) at hidden states (N, D); logits are computed again in the backward."""
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
-            return self._chunk_logps(hidden, targets)
-        result: Tensor = checkpoint(self._chunk_logps, hidden, targets, use_reentrant=False)
-        return result
 
-    def _chunk_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self._head(hidden).float()
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+class Head(NamedTuple):
+    """The language-model head: weight (V, D) and bias (V,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def output_head(model: nn.Module) -> Head:
+    """Return the head of a model of transformers."""
+    layer: Any = cast(Any, model).get_output_embeddings()
+    return Head(layer.weight, layer.bias)
 
 
 def _sequences(item: Branches, positions: Positions, share_prefix: bool) -> Iterator[_Sequence]:
@@ -237,8 +271,3 @@ def _continued(positions: Tensor, length: int) -> Tensor:
     """Count on behind the end, (K, T): a jump would look like a second sequence."""
     missing = length - positions.shape[1]
     return torch.cat([positions, positions[:, -1:] + 1 + torch.arange(missing)], dim=1)
-
-
-def _per_answer(values: Tensor, batch: Sequence[Branches]) -> list[list[Tensor]]:
-    parts = iter(values.split([len(answer) for item in batch for answer in item.answers]))
-    return [[next(parts) for _ in item.answers] for item in batch]

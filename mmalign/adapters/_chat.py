@@ -70,16 +70,21 @@ class Chat:
         """Tokenize a question with its images.
 
         Raises:
-            RowError: the question has control tokens of the model, or the template changes it.
+            RowError: the question has control tokens of the model, the template changes it, or an
+                image cannot be prepared.
         """
         text = self.text(prompt, len(images))
         self.check_controls(text, len(images))
-        encoded = self.processor(
-            text=[text],
-            images=list(images) or None,
-            add_special_tokens=self.adds_special(text),
-            return_tensors="pt",
-        )
+        try:
+            encoded = self.processor(
+                text=[text],
+                images=list(images) or None,
+                add_special_tokens=self.adds_special(text),
+                return_tensors="pt",
+            )
+        except ValueError as error:  # such as an aspect ratio that no grid of patches has
+            reason = str(error).splitlines()[0]
+            raise RowError(f"the images cannot be prepared: {reason}") from error
         ids = encoded["input_ids"][0]
         ignored = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         tensors = {name: value for name, value in encoded.items() if name not in ignored}

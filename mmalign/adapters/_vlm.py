@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmalign.adapters._answers import GumbelSampling, yes_no_tokens
 from mmalign.adapters._branches import AnswerScorer, Layout
-from mmalign.adapters._chat import Chat
+from mmalign.adapters._chat import Chat, Prefix
 from mmalign.adapters._vlm_source import VlmSource, first_line
 from mmalign.config import GenerationConfig
 from mmalign.data.images import decode, hash_image
@@ -99,11 +99,19 @@ class VlmFamily(ABC):
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_token"):
             raise InputError(f"{source.name}: has no processor of images and text")
         model.requires_grad_(False)
+        _without_dropout(model)
         return cls(source, device, model.to(device).eval(), processor)
 
     @abstractmethod
     def layout(self) -> Layout:
         """Say what is different about this family."""
+
+    @property
+    def can_share_prefix(self) -> bool:
+        """Whether attention sees everything before it, as the mask of shared prefixes says."""
+        text = self.model.config.get_text_config()
+        windowed = getattr(text, "use_sliding_window", True)
+        return not (windowed and getattr(text, "sliding_window", None))
 
     @property
     def fingerprint(self) -> str:
@@ -125,7 +133,7 @@ class VlmFamily(ABC):
             TooLongError: there is no room for an answer, or shortened answers are the same.
             RowError: an image or a text cannot be used.
         """
-        images = [_decoded(ref, self.max_pixels) for ref in pair.images]
+        images = self.pictures(pair)
         prefix = self.chat.prefix(pair.prompt, images)
         room = min(max_length or self.context, self.context) - len(prefix.ids)
         if room < 1:
@@ -133,10 +141,12 @@ class VlmFamily(ABC):
                 f"images and question take {len(prefix.ids)} tokens, which leaves no room for an"
                 f" answer within {room + len(prefix.ids)}"
             )
-        chosen, rejected = (
-            self.chat.answer(pair.prompt, len(images), text)
-            for text in (pair.chosen, pair.rejected)
+        chosen, rejected, revised = (
+            None if text is None else self.chat.answer(pair.prompt, len(images), text)
+            for text in (pair.chosen, pair.rejected, pair.revised)
         )
+        assert chosen is not None
+        assert rejected is not None
         truncated = max(len(chosen), len(rejected)) > room
         chosen, rejected = chosen[:room], rejected[:room]
         if truncated and torch.equal(chosen, rejected):
@@ -152,9 +162,26 @@ class VlmFamily(ABC):
             prefix_text=prefix.text,
             chosen_ids=chosen,
             rejected_ids=rejected,
+            revised_ids=None if revised is None else revised[:room],
             images=ImageInputs(prefix.images, key) if images else None,
             truncated=truncated,
         )
+
+    def replaced_images(self, prompt: str, pictures: Sequence[Image.Image]) -> Prefix:
+        """Tokenize a question with other pictures.
+
+        Raises:
+            RowError: a picture cannot be prepared.
+        """
+        return self.chat.prefix(prompt, pictures)
+
+    def pictures(self, pair: VlmPair) -> list[Image.Image]:
+        """Decode the images of a pair.
+
+        Raises:
+            RowError: naming an image that cannot be decoded.
+        """
+        return [_decoded(ref, self.max_pixels) for ref in pair.images]
 
     def encode_images(self, images: ImageInputs) -> ImageFeatures:
         """Run the vision tower and the projector on the images of one prefix."""
@@ -174,7 +201,8 @@ class VlmFamily(ABC):
         self, batch: Sequence[Branches], *, share_prefix: bool = True, states: bool = False
     ) -> list[list[Scored]]:
         """Score the answers of each prefix by `policy`."""
-        scored: list[list[Scored]] = self.policy(batch, share_prefix, states)
+        share = share_prefix and self.can_share_prefix
+        scored: list[list[Scored]] = self.policy(batch, share, states)
         return scored
 
     def token_logps(
@@ -290,6 +318,16 @@ class VlmFamily(ABC):
                     raise InputError(f"{image.where}: {error}") from error
             pictures.append(image.convert("RGB"))
         return pictures
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Make training and scoring the same function: cached log-probs of the reference rely on it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _decoded(ref: ImageRef, max_pixels: int) -> Image.Image:

@@ -14,6 +14,7 @@ from mmalign.data.images import check_header, decode, hash_image
 from mmalign.data.readers import BAR_DELAY, LISTED, repeated
 from mmalign.data.schema import BadRow, PairInfo, RowError, content_hash, row_to_info
 from mmalign.data.validate import ValidationReport
+from mmalign.data.vlm_records import VlmRecord
 from mmalign.data.vlm_source import VlmFiles, VlmRow, open_vlm_source
 from mmalign.types import InputError, VlmPair
 
@@ -25,8 +26,7 @@ class _Known(NamedTuple):
 
     info: PairInfo
     where: str
-    chosen: str
-    rejected: str
+    record: VlmRecord
     key: object
 
 
@@ -36,6 +36,11 @@ class VlmPairs(Sequence[VlmPair]):
     def __init__(self, source: VlmFiles, known: list[_Known]) -> None:
         """Hold what is known of each pair, and the key of its images."""
         self._source, self._known = source, known
+
+    @property
+    def infos(self) -> list[PairInfo]:
+        """What is known of each pair besides texts and images."""
+        return [known.info for known in self._known]
 
     def __len__(self) -> int:
         """Count the pairs."""
@@ -55,17 +60,18 @@ class VlmPairs(Sequence[VlmPair]):
         """
         if isinstance(index, slice):
             return VlmPairs(self._source, self._known[index])
-        info, where, chosen, rejected, key = self._known[index]
+        info, where, record, key = self._known[index]
         return VlmPair(
             pair_id=info.pair_id,
             prompt=info.prompt,
-            chosen=chosen,
-            rejected=rejected,
+            chosen=record.chosen,
+            rejected=record.rejected,
             images=self._source.images(key),
             score_chosen=info.score_chosen,
             score_rejected=info.score_rejected,
             margin=info.margin,
             source=info.source,
+            revised=record.revised,
             where=where,
         )
 
@@ -74,7 +80,7 @@ class VlmPairs(Sequence[VlmPair]):
 class VlmPairTable:
     """Usable pairs, and what was left out."""
 
-    pairs: Sequence[VlmPair]
+    pairs: VlmPairs
     bad_rows: list[BadRow] = field(default_factory=list)
     ties: int = 0
 
@@ -179,8 +185,9 @@ def scan_vlm(
                 raise InputError(f"{checked}; on_bad_row: skip leaves such rows out")
             found.bad_rows.append(checked)
         elif isinstance(row, VlmRow):
-            record = row.record
-            known.append(_Known(checked, row.where, record.chosen, record.rejected, row.key))
+            # Image cells may be whole pictures; their key finds them again.
+            record = row.record._replace(images=[], videos=[])
+            known.append(_Known(checked, row.where, record, row.key))
             if len(known) == limit:
                 break
     return found

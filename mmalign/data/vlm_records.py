@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from mmalign.data.schema import CHOSEN, OPTIONAL_COLUMNS, REJECTED, RowError, require
 
 Layout = Literal["vlm", "trl", "rlhf_v", "swift", "llava"]
+REVISED = "revised"
 IMAGE_KEYS = ("images", "image", "file_names", "file_name", "img_path", "image_path")
 VIDEO_KEYS = ("videos", "video", "frames")
 _PLACEHOLDER = re.compile(r"[ \t]*<(image|video)>[ \t]*\n?")
@@ -30,6 +31,7 @@ class VlmRecord(NamedTuple):
     fields: Mapping[str, object]
     chosen: str
     rejected: str
+    revised: str | None
     images: list[object]
     videos: list[object]
 
@@ -71,7 +73,11 @@ def read_record(record: Mapping[str, Any], layout: Layout) -> VlmRecord:
             raise RowError(f"{name}: both answers must be about the same images")
     images, videos = _cells(record, IMAGE_KEYS), _cells(record, VIDEO_KEYS)
     question = _without_placeholders(prompt, len(images), len(videos), blocks)
-    for name, text in ((CHOSEN, chosen), (REJECTED, rejected)):
+    revised = _text(record, REVISED) if record.get(REVISED) is not None else None
+    answers = {CHOSEN: chosen, REJECTED: rejected, REVISED: revised}
+    for name, text in answers.items():
+        if text is None:
+            continue
         if not text.strip():
             raise RowError(f"{name} is empty")
         if _PLACEHOLDER.search(text):
@@ -81,7 +87,14 @@ def read_record(record: Mapping[str, Any], layout: Layout) -> VlmRecord:
     if chosen.strip() == rejected.strip():
         raise RowError("chosen and rejected are the same text")
     fields = {name: record.get(name) for name in OPTIONAL_COLUMNS} | {"prompt": question}
-    return VlmRecord(fields, chosen.strip(), rejected.strip(), images, videos)
+    return VlmRecord(
+        fields,
+        chosen.strip(),
+        rejected.strip(),
+        None if revised is None else revised.strip(),
+        images,
+        videos,
+    )
 
 
 class _Texts(NamedTuple):
