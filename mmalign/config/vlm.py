@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmalign.config.parts import LoraConfig, OnBadRow, ReferenceConfig, TrainConfig
+from mmalign.config.parts import (
+    LoraConfig,
+    OnBadRow,
+    PreferenceConfig,
+    ReferenceConfig,
+    TrainConfig,
+)
 
 VlmFamily = Literal["auto", "llava", "qwen_vl"]
 VlmPairsFormat = Literal["auto", "vlm", "trl", "rlhf_v", "swift", "llava"]
@@ -101,12 +107,18 @@ class VlmPairsConfig:
 
 
 @dataclass(kw_only=True)
-class VlmDpoConfig(VlmModelConfig, TrainConfig, ReferenceConfig):
+class VlmDpoConfig(VlmModelConfig, TrainConfig, ReferenceConfig, PreferenceConfig):
     """Preference optimization of a vision-language model on pairs of answers.
 
     Attributes:
         preset: method, a name in `mmalign.objectives.vlm_presets`.
-        preset_options: settings of the preset to change, such as weights of its terms.
+        weights: new weights of parts of the preset by name; 0 takes a part out.
+        perturbed: false replaces every perturbed text of the preset by the clean one.
+        image_settings: settings of its image variants to change, such as `noise_timestep`.
+        perturb_settings: settings of its text variants to change, such as `mode` and `omega`.
+        clip_model: open_clip model that tells how much a token says about the image, for presets
+            that perturb texts.
+        clip_pretrained: its weights, a tag or a file.
         beta: strength of the pull to the reference, in units of one over a log-probability; the
             preset's own when omitted.
         lora: what is trained.
@@ -118,11 +130,18 @@ class VlmDpoConfig(VlmModelConfig, TrainConfig, ReferenceConfig):
         cache_reference: compute log-probabilities of the reference once and keep them on disk.
         cache_dir: folder of that cache; `<output_dir>/cache` when omitted.
         image_cache_mib: memory for features of images that were encoded before.
+        num_answers: questions of `eval_pairs` that are answered before and after, for the report.
+        generation: how they are answered.
         logits_chunk: answer positions whose logits exist at the same time.
     """
 
     preset: str = "dpo"
-    preset_options: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    perturbed: bool = True
+    image_settings: dict[str, Any] = field(default_factory=dict)
+    perturb_settings: dict[str, Any] = field(default_factory=dict)
+    clip_model: str | None = None
+    clip_pretrained: str | None = None
     beta: float | None = None
     lora: VlmLoraConfig = field(default_factory=VlmLoraConfig)
     pairs: VlmPairsConfig = field(default_factory=VlmPairsConfig)
@@ -133,3 +152,5 @@ class VlmDpoConfig(VlmModelConfig, TrainConfig, ReferenceConfig):
     cache_dir: str | None = None
     image_cache_mib: int = 1024
     logits_chunk: int = 256
+    num_answers: int = 8
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
