@@ -12,7 +12,7 @@ each network has to be run on, each row once; `vlm_loss` turns the rows' log-pro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from mmalign.config import PreferenceConfig
 from mmalign.objectives.preference import (
+    Answers,
     Metrics,
     accuracy,
     preference_loss,
     preference_metrics,
-    sigmoid_loss,
 )
 from mmalign.objectives.tars import Hidden, spectral_ratio, spectral_triplet
 from mmalign.objectives.vlm_rows import (
@@ -41,6 +41,7 @@ from mmalign.objectives.vlm_rows import (
     TextVariant,
     TokenKl,
     TokenRule,
+    active,
     adapt,
     map_rows,
     plan,
@@ -154,12 +155,12 @@ def vlm_loss(
     )
     losses: dict[str, tuple[float, Tensor]] = {}
     metrics = inputs.first_pair_metrics()
-    for index, term in enumerate(preset.terms):
+    for index, term in enumerate(active(preset.terms)):
         loss, margin = inputs.term(term)
         losses[term.name] = term.weight, loss
         if index:
             metrics[f"accuracy/{term.name}"] = accuracy(margin)
-    for part in preset.regularizers:
+    for part in active(preset.regularizers):
         losses[part.name] = part.weight, inputs.regularizer(part)
     total = torch.stack([weight * loss for weight, loss in losses.values()]).sum(0)
     metrics |= {f"loss/{name}": loss.detach().mean() for name, (_, loss) in losses.items()}
@@ -203,7 +204,7 @@ class _Inputs:
     extras: Extras
 
     def first_pair_metrics(self) -> Metrics:
-        first = self.preset.terms[0]
+        first = active(self.preset.terms)[0]
         rows = [
             [row for row, c in first.coefficients.items() if sign * c > 0][:1] for sign in (1, -1)
         ]
@@ -251,22 +252,36 @@ class _Inputs:
                 )
 
     def _apply(self, term: Term, sides: LogRatios) -> Tensor:
-        shifted = sides
         if term.offset:
-            shifted = LogRatios(sides.chosen - term.offset / self.beta, sides.rejected)
-        match term.loss:
-            case "sigmoid":
-                return sigmoid_loss(shifted.chosen - shifted.rejected, self.beta)
-            case "square":
-                return (self.beta * (shifted.chosen - shifted.rejected)).square()
-            case "preference":
-                loss, _ = preference_loss(
-                    shifted,
-                    beta=self.beta,
-                    config=self.preference,
-                    score_margins=self.extras.score_margins,
-                )
-                return loss
+            sides = LogRatios(sides.chosen - term.offset / self.beta, sides.rejected)
+        if term.loss == "square":
+            return (self.beta * (sides.chosen - sides.rejected)).square()
+        config = self.preference
+        if term.loss != "preference":
+            config = replace(config, loss_type=term.loss, length_normalize=False)
+        loss, _ = preference_loss(
+            sides,
+            beta=self.beta,
+            config=config,
+            score_margins=self.extras.score_margins,
+            answers=self._answers(term),
+        )
+        return loss
+
+    def _answers(self, term: Term) -> Answers:
+        """Give the losses of texts what they need of a term that compares two rows."""
+        rows = list(term.coefficients)
+        if sorted(term.coefficients.values()) != [-1, 1] or term.level == "token":
+            return Answers()
+        if term.coefficients[rows[0]] < 0:
+            rows.reverse()
+        chosen, rejected = (self._logps(self.policy_logps, row, term, "policy") for row in rows)
+        counts = [self._length(row, term) for row in rows]
+        known = [count for count in counts if count is not None]
+        return Answers(
+            policy_logps=LogRatios(chosen, rejected),
+            lengths=LogRatios(*known) if len(known) == len(rows) else None,
+        )
 
     def _sides(self, term: Term) -> tuple[Tensor, Tensor]:
         """Add up the parts of a term with positive and with negative coefficients."""
@@ -318,6 +333,16 @@ class _Inputs:
     def _lengths(self, term: Term) -> list[Tensor]:
         tables = (_get(self.policy_logps, row, "policy") for row in term.coefficients)
         return [lengths(t.mask) for t in tables if isinstance(t, TokenLogps)]
+
+    def _length(self, row: Row, term: Term) -> Tensor | None:
+        """Count a row's tokens, (B,); 1 where its log-probs are averages already."""
+        value = _get(self.policy_logps, row, "policy")
+        if (term.tokens or self.preset.tokens).average:
+            count = len(value) if isinstance(value, Tensor) else len(value.mask)
+            return torch.ones(count)
+        return (
+            lengths(value.mask) if isinstance(value, TokenLogps) else self.extras.lengths.get(row)
+        )
 
     def _nll_logps(self, part: Nll) -> Tensor:
         value = _get(self.policy_logps, part.row, "policy")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
+from mmalign.config import LossType
 from mmalign.types import InputError
 
 ImageVariant = Literal["clean", "noised", "masked", "cropped", "absent", "other"]
@@ -58,9 +59,9 @@ class Term:
         name: names the term in metrics and in `adapt`.
         coefficients: c_k of each row.
         weight: multiplier of the loss.
-        loss: f. `preference` is the member of the shared family that the run is configured with;
-            `sigmoid` always -log sigmoid, for terms that compare images or anchor a reward, where
-            flipped labels and score margins have no meaning; `square` the square.
+        loss: f: a member of the shared family, or the `square`, or `preference`, the member that
+            the run is configured with. Terms that compare images or anchor a reward name theirs,
+            because flipped labels and score margins have no meaning there.
         offset: in nats, after beta.
         tokens: rule of this term; the preset's when omitted.
         level: `response`, or `token`: f of every single token position, averaged over positions.
@@ -71,7 +72,7 @@ class Term:
     name: str
     coefficients: Mapping[Row, float]
     weight: float = 1.0
-    loss: Literal["preference", "sigmoid", "square"] = "sigmoid"
+    loss: LossType | Literal["preference", "square"] = "sigmoid"
     offset: float = 0.0
     tokens: TokenRule | None = None
     level: Literal["response", "token"] = "response"
@@ -133,6 +134,7 @@ class SpectralRatio:
 
 
 Regularizer = Nll | TokenKl | SpectralTriplet | SpectralRatio
+Part = TypeVar("Part", Term, Regularizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +145,15 @@ class ImageSettings:
         noise_timestep: step of the 1000-step noise schedule, for `noised`.
         mask_share: share of the image that is masked, for `masked`.
         mask_patch: side of a masked patch in pixels, for `masked`.
-        crop_share: largest side share of the part that is kept, for `cropped`.
+        crop_min_share: smallest share of the area that is kept, for `cropped`.
+        crop_max_share: largest share of the area that is kept, for `cropped`.
     """
 
     noise_timestep: int = 500
     mask_share: float = 0.3
     mask_patch: int = 14
-    crop_share: float = 0.5
+    crop_min_share: float = 0.01
+    crop_max_share: float = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +162,12 @@ class PerturbSettings:
 
     Attributes:
         scope: perturb the `prompt` alone, or `all` of the text.
-        rule: `visual_gap`: as many tokens as the paper's omega and the gap between the two highest
-            similarities say, the least similar ones; `share`: a share of the tokens, drawn with
-            probabilities that fall with similarity.
+        rule: `visual_gap`: the least similar tokens, as many as omega and the gap between the two
+            least similar say; `share`: a share of the tokens, drawn with probabilities that fall
+            with similarity.
         mode: put the mask token, or random tokens of the vocabulary, in their place.
-        omega: numerator of the paper's number of tokens.
+        omega: numerator of the number of tokens, for `visual_gap`.
+        max_share: largest share of tokens, for `visual_gap`.
         share: share of tokens, for `share`.
     """
 
@@ -170,6 +175,7 @@ class PerturbSettings:
     rule: Literal["visual_gap", "share"] = "visual_gap"
     mode: Literal["mask", "replace"] = "mask"
     omega: float = 0.1
+    max_share: float = 0.5
     share: float = 0.05
 
 
@@ -207,7 +213,7 @@ class Preset:
     def __post_init__(self) -> None:
         """Refuse what no loss could be computed from."""
         names = [part.name for part in (*self.terms, *self.regularizers)]
-        if not self.terms or len(set(names)) < len(names):
+        if not active(self.terms) or len(set(names)) < len(names):
             raise ValueError(f"preset {self.name} needs terms, and parts of different names")
 
 
@@ -238,7 +244,7 @@ class RowPlan(NamedTuple):
 def plan(preset: Preset) -> RowPlan:
     """Say which rows a preset needs: each once, in order of first use."""
     needs: dict[str, list[Row]] = {name: [] for name in (*RowPlan._fields, "moving")}
-    for term in preset.terms:
+    for term in active(preset.terms):
         for row in term.coefficients:
             needs["policy"].append(row)
             needs["reference"].append(reference_row(preset, row))
@@ -246,12 +252,17 @@ def plan(preset: Preset) -> RowPlan:
                 needs["moving"].append(row)
         for row, coefficient in term.kl.items():
             _plan_kl(needs, row, constant=coefficient > 0)
-    for part in preset.regularizers:
+    for part in active(preset.regularizers):
         _plan_regularizer(needs, part)
     needs["frozen"] = [row for row in needs["policy"] if row not in needs["moving"]]
     if preset.reference_free:
         needs["reference"] = []
     return RowPlan(*(tuple(dict.fromkeys(needs[name])) for name in RowPlan._fields))
+
+
+def active(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Leave out parts of weight 0, which cost nothing."""
+    return tuple(part for part in parts if part.weight)
 
 
 def plan_rows(preset: Preset) -> tuple[Row, ...]:
@@ -286,12 +297,11 @@ def adapt(
             )
         if weight < 0:
             raise InputError(f"the weight of {name} must not be negative, got {weight}")
-    terms = [replace(term, weight=weights.get(term.name, term.weight)) for term in preset.terms]
-    parts = [replace(p, weight=weights.get(p.name, p.weight)) for p in preset.regularizers]
-    kept = tuple(term for term in terms if term.weight)
-    if not kept:
+    terms = tuple(replace(t, weight=weights.get(t.name, t.weight)) for t in preset.terms)
+    parts = tuple(replace(p, weight=weights.get(p.name, p.weight)) for p in preset.regularizers)
+    if not active(terms):
         raise InputError(f"preset {preset.name} needs at least one term with a weight above 0")
-    changed = replace(preset, terms=kept, regularizers=tuple(p for p in parts if p.weight))
+    changed = replace(preset, terms=active(terms), regularizers=active(parts))
     return changed if perturbed else map_rows(changed, lambda row: row._replace(text="clean"))
 
 
