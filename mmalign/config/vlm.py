@@ -107,7 +107,7 @@ class VlmPairsConfig:
 
 
 @dataclass(kw_only=True)
-class VlmDpoConfig(VlmModelConfig, TrainConfig, ReferenceConfig, PreferenceConfig):
+class VlmDpoConfig(TrainConfig, ReferenceConfig, PreferenceConfig, VlmModelConfig):
     """Preference optimization of a vision-language model on pairs of answers.
 
     Attributes:
