@@ -23,6 +23,9 @@ from mmalign.reference import Reference
 from mmalign.sequence import TokenLogps, changed_tokens, head_kl
 from mmalign.types import Scored, StepOutput
 
+STRICT_SPANS = ("rlhf_v_official",)
+"""Presets whose authors' code counts only replaced spans as changed."""
+
 
 class VlmBatch(NamedTuple):
     """Pairs of one forward, each in its epoch."""
@@ -83,6 +86,7 @@ class VlmStep:
         same = self._moving == self._ref_rows
         ref_groups = moving if same else [self.reference_groups(s) for s in batch.samples]
         ref, energies = self._reference_answers(ref_groups, policy)
+        ref = {row: self._with_changes(batch, row, table) for row, table in ref.items()}
         losses, metrics = vlm_loss(
             {row: self._table(batch, policy, row) for row in self._plan.policy},
             ref,
@@ -125,14 +129,22 @@ class VlmStep:
     def _table(
         self, batch: VlmBatch, policy: Sequence[Mapping[Row, _Answer]], row: Row
     ) -> TokenLogps:
-        """Stack the log-probs of a row, with the tokens in which it differs from its other side."""
+        """Stack the policy's log-probs of a row."""
         answers = [found[row] for found in policy]
         table = _stack([(answer.logps, answer.scored) for answer in answers])
+        return self._with_changes(batch, row, table)
+
+    def _with_changes(self, batch: VlmBatch, row: Row, table: TokenLogps) -> TokenLogps:
+        """Mark the tokens in which chosen and rejected differ, where the preset weighs them."""
         changed = torch.zeros_like(table.mask)
         if self._uses_segments and row.response in ("chosen", "rejected"):
             for i, sample in enumerate(batch.samples):
                 pair = self._pairs[sample.index]
-                sides = changed_tokens(pair.rejected_ids.tolist(), pair.chosen_ids.tolist())
+                sides = changed_tokens(
+                    pair.rejected_ids.tolist(),
+                    pair.chosen_ids.tolist(),
+                    strict=self._preset.name in STRICT_SPANS,
+                )
                 changed[i, sides[row.response == "chosen"]] = True
         return table._replace(changed=changed & table.mask)
 

@@ -188,7 +188,7 @@ class _Job:
             for part in (model.model.language_model, model.get_output_embeddings()):
                 part.to(torch.float32).requires_grad_(True)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._adapter.checkpoint_activations()
 
     def _batches(self, start_step: int) -> Iterator[VlmBatch]:
         """Yield the micro-batches that follow `start_step` optimizer steps."""

@@ -84,6 +84,7 @@ class VlmFamily(ABC):
             InputError: the files are damaged or do not fit together.
         """
         try:
+            transformers.utils.logging.disable_progress_bar()
             processor = transformers.AutoProcessor.from_pretrained(
                 source.location, **source.options
             )
@@ -119,6 +120,12 @@ class VlmFamily(ABC):
         if self._fingerprint is None:
             self._fingerprint = _fingerprint(self.model, self.chat.processor)
         return self._fingerprint
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them."""
+        model = self.model
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def encode_pair(self, pair: VlmPair, *, max_length: int | None = None) -> EncodedVlmPair:
         """Turn a pair into tokens by the model's own chat template.
