@@ -114,15 +114,13 @@ def head_logps(
     Raises:
         ValueError: If `chunk_size` is not positive.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be positive, got {chunk_size}")
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and not trained and hidden.requires_grad:
         result: Tensor = _FrozenHead.apply(hidden, targets, weight, bias, chunk_size)
         return result
     parts = [
-        _maybe_checkpoint(_chunk_logps, rows, ids, weight, bias)
-        for rows, ids in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+        _maybe_checkpoint(_chunk_logps, hidden[rows], targets[rows], weight, bias)
+        for rows in _chunks(len(hidden), chunk_size)
     ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=_wide(hidden.dtype))
 
@@ -140,11 +138,12 @@ def head_kl(
     This is the position KL of TDPO (Zeng et al. 2024, arXiv 2404.11999) and CHiP. The reference is
     a constant. Both hidden states are (N, D) at the same response positions, both weights (V, D).
     """
+    ref_hidden = ref_hidden.detach()
     parts = [
-        _maybe_checkpoint(_chunk_kl, policy, ref, policy_weight, ref_weight)
-        for policy, ref in zip(
-            policy_hidden.split(chunk_size), ref_hidden.detach().split(chunk_size), strict=True
+        _maybe_checkpoint(
+            _chunk_kl, policy_hidden[rows], ref_hidden[rows], policy_weight, ref_weight
         )
+        for rows in _chunks(len(policy_hidden), chunk_size)
     ]
     if not parts:
         return policy_hidden.new_zeros(0, dtype=_wide(policy_hidden.dtype))
@@ -173,6 +172,32 @@ def response_kl(
         chunk_size=chunk_size,
     )
     return _scatter(values, mask).sum(1)
+
+
+@torch.no_grad()
+def argmax_labels(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """Replace each response token in the labels by the likeliest one at its place, (B, L).
+
+    With the hidden states of a noised image, `response_logps(clean_hidden, argmax_labels(...))` is
+    POVID's own answer of the model, scored on the clean image. Arguments as in `response_logps`.
+    """
+    mask = response_mask(labels)
+    rows = hidden[:, :-1][mask]
+    best = [
+        torch.nn.functional.linear(rows[chunk], weight, bias).argmax(1)
+        for chunk in _chunks(len(rows), chunk_size)
+    ]
+    new = labels.clone()
+    if best:
+        new[:, 1:][mask] = torch.cat(best)
+    return new
 
 
 def lengths(mask: Tensor) -> Tensor:
@@ -295,8 +320,7 @@ class _FrozenHead(torch.autograd.Function):
         wide = _wide(hidden.dtype)
         logps = hidden.new_empty(len(hidden), dtype=wide)
         slopes = torch.empty_like(hidden)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
+        for rows in _chunks(len(hidden), size):
             logits = torch.nn.functional.linear(hidden[rows], weight, bias).to(wide)
             ids = targets[rows, None]
             norm = logits.logsumexp(1, keepdim=True)
@@ -313,6 +337,12 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return grad[:, None].to(slopes.dtype) * slopes, None, None, None, None
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    if size < 1:
+        raise ValueError(f"chunk_size must be positive, got {size}")
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _chunk_logps(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

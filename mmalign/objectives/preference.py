@@ -242,8 +242,8 @@ def _text_loss(
     policy = answers.policy_logps
     if policy is None:
         raise InputError(
-            f"loss_type {config.loss_type} needs log-probs of texts; use another loss_type for"
-            " image generators"
+            f"loss_type {config.loss_type} needs the log-probs of two answers, which this method"
+            " does not compare; use another loss_type"
         )
     policy = LogRatios(*(_at_least_float32(side) for side in policy))
     if config.loss_type == "aot":
@@ -260,7 +260,10 @@ def _text_loss(
 def _per_token(sides: LogRatios, answers: Answers, config: PreferenceConfig) -> LogRatios:
     if answers.lengths is None:
         option = "length_normalize" if config.length_normalize else f"loss_type {config.loss_type}"
-        raise InputError(f"{option} needs the lengths of texts; image generators have none")
+        raise InputError(
+            f"{option} needs the lengths of two answers, which this method does not compare; use"
+            " another loss_type"
+        )
     pairs = zip(sides, answers.lengths, strict=True)
     return LogRatios(*(side / length.to(side).clamp(min=1) for side, length in pairs))
 

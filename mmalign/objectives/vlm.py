@@ -47,6 +47,7 @@ from mmalign.objectives.vlm_rows import (
     plan,
     plan_rows,
     reference_row,
+    segment_rule,
     with_image,
 )
 from mmalign.sequence import (
@@ -57,7 +58,7 @@ from mmalign.sequence import (
     mean_logps,
     sum_logps,
 )
-from mmalign.types import LogRatios
+from mmalign.types import InputError, LogRatios
 
 __all__ = [
     "Extras",
@@ -81,6 +82,7 @@ __all__ = [
     "plan_rows",
     "reduce_logps",
     "reference_row",
+    "segment_rule",
     "vlm_loss",
     "with_image",
 ]
@@ -143,8 +145,10 @@ def vlm_loss(
 
     Raises:
         ValueError: If a row or an extra that the plan names is missing.
-        InputError: If the preference config is out of range.
+        InputError: If the preference config is out of range, or no term of the preset uses it.
     """
+    if preference is not None:
+        _check_used(preset, preference)
     inputs = _Inputs(
         policy_logps,
         ref_logps,
@@ -234,20 +238,20 @@ class _Inputs:
                 down, hold = self._kl(part.down), self._kl(part.hold)
                 return self.beta * (down - hold.detach())
             case SpectralTriplet():
-                table, ref = self.extras.embeddings, self.extras.ref_embeddings
+                ref_states = self.extras.ref_embeddings
                 return spectral_triplet(
-                    _get(table, part.anchor, "embeddings"),
-                    _get(ref, part.positive, "ref_embeddings"),
-                    _get(ref, part.negative, "ref_embeddings"),
+                    _get(self.extras.embeddings, part.anchor, "embeddings"),
+                    _get(ref_states, part.positive, "ref_embeddings"),
+                    _get(ref_states, part.negative, "ref_embeddings"),
                     margin=part.margin,
                 )
             case SpectralRatio():
-                table, ref = self.extras.log_energy, self.extras.ref_log_energy
+                energy, ref_energy = self.extras.log_energy, self.extras.ref_log_energy
                 return spectral_ratio(
-                    _get(table, part.chosen, "log_energy"),
-                    _get(table, part.rejected, "log_energy"),
-                    _get(ref, part.ref_chosen, "ref_log_energy"),
-                    _get(ref, part.ref_rejected, "ref_log_energy"),
+                    _get(energy, part.chosen, "log_energy"),
+                    _get(energy, part.rejected, "log_energy"),
+                    _get(ref_energy, part.ref_chosen, "ref_log_energy"),
+                    _get(ref_energy, part.ref_rejected, "ref_log_energy"),
                     beta=part.beta,
                 )
 
@@ -356,6 +360,15 @@ class _Inputs:
 
     def _kl(self, row: Row) -> Tensor:
         return _get(self.extras.token_kl, row, "token_kl")
+
+
+def _check_used(preset: Preset, preference: PreferenceConfig) -> None:
+    used = any(term.loss == "preference" for term in active(preset.terms))
+    if not used and preference != PreferenceConfig():
+        raise InputError(
+            f"preset {preset.name} fixes its losses: leave out loss_type {preference.loss_type} and"
+            " its constants, or use another preset"
+        )
 
 
 def _get(table: Mapping[Row, T], row: Row, what: str) -> T:

@@ -96,16 +96,15 @@ RLHF_V = Preset(
     beta=0.5,
     tokens=TokenRule(weighting="segments", average=True, gamma=5.0),
     source="Yu et al. 2023, arXiv 2312.00849: dense DPO, divided by N = |unchanged| + 5 |changed|",
-    deviations="Pure insertions and deletions count as changed too; see `changed_tokens`.",
+    deviations="Pure insertions and deletions count as changed, too.",
 )
 
 RLHF_V_OFFICIAL = Preset(
     name="rlhf_v_official",
     terms=(Term(name="ddpo", coefficients={W: 1, L: -1}, loss="preference"),),
     beta=0.5,
-    tokens=TokenRule(weighting="segments", average=False, gamma=5.0),
+    tokens=TokenRule(weighting="segments", average=False, gamma=5.0, strict=True),
     source="The code of RLHF-V: weighted sums, not divided unless asked to",
-    deviations="Give it the spans of `changed_tokens(..., strict=True)`.",
 )
 
 MDPO = Preset(
@@ -164,7 +163,7 @@ CHIP_FUSED = Preset(
         ),
     ),
     beta=0.1,
-    tokens=TokenRule(weighting="segments", average=False, gamma=4.0),
+    tokens=TokenRule(weighting="segments", average=False, gamma=4.0, strict=True),
     source="The code of CHiP: every part in one sigmoid; token weight 4 (LLaVA; 2 for Muffin)",
     deviations=(
         "With token weights the code multiplies the noised row's reference sum by the sum of all"
@@ -180,7 +179,10 @@ POVID = Preset(
     ),
     beta=0.1,
     source="Zhou et al. 2024, arXiv 2402.11411, stage 2 as in `tool/dpo_trainer_inherent.py`",
-    deviations="The policy's arg-max answer under the noised image is scored on the clean image.",
+    deviations=(
+        "Both networks score the policy's arg-max answer under the noised image; in the code the"
+        " reference scores one of its own."
+    ),
 )
 
 V_DPO = Preset(

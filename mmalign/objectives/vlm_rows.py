@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from mmalign.config import LossType
 from mmalign.types import InputError
@@ -24,8 +24,9 @@ class Row(NamedTuple):
         image: `noised` at a diffusion timestep, `masked` patches, `cropped`, `absent` (a blank
             image) or `other` (the image of another sample).
         text: whether prompt and answer are perturbed.
-        response: `self` is the policy's own arg-max answer, `revised` a corrected version of the
-            rejected answer, `other` the chosen answer of the sample the `other` image is from.
+        response: `self` is the policy's arg-max answer under the noised image, scored in the
+            context of the chosen one (`sequence.argmax_labels`); `revised` a corrected version of
+            the rejected answer; `other` the chosen answer of the sample the `other` image is from.
     """
 
     image: ImageVariant = "clean"
@@ -42,12 +43,14 @@ class TokenRule:
             `desensitised`, where tokens beyond the shorter answer's length weigh `ld_alpha`.
         average: divide the weighted sum by the sum of weights.
         gamma: weight of changed tokens, for `segments`.
+        strict: which tokens count as changed, for `segments`: see `sequence.changed_tokens`.
         ld_alpha: weight of excess tokens, for `desensitised`, in [0, 1].
     """
 
     weighting: Literal["uniform", "segments", "desensitised"] = "uniform"
     average: bool = False
     gamma: float = 5.0
+    strict: bool = False
     ld_alpha: float = 1.0
 
 
@@ -61,7 +64,8 @@ class Term:
         weight: multiplier of the loss.
         loss: f: a member of the shared family, or the `square`, or `preference`, the member that
             the run is configured with. Terms that compare images or anchor a reward name theirs,
-            because flipped labels and score margins have no meaning there.
+            because flipped labels and score margins have no meaning there. A member that looks at
+            both sides gets the sum of parts with positive and that of parts with negative c_k.
         offset: in nats, after beta.
         tokens: rule of this term; the preset's when omitted.
         level: `response`, or `token`: f of every single token position, averaged over positions.
@@ -270,6 +274,12 @@ def plan_rows(preset: Preset) -> tuple[Row, ...]:
     return plan(preset).policy
 
 
+def segment_rule(preset: Preset) -> TokenRule | None:
+    """Return the rule for which `TokenLogps.changed` is needed, if there is one."""
+    rules = (preset.tokens, *(term.tokens for term in active(preset.terms)))
+    return next((r for r in rules if r is not None and r.weighting == "segments"), None)
+
+
 def reference_row(preset: Preset, row: Row) -> Row:
     """Say which row of the reference stands against a row of the policy."""
     return row._replace(text="clean") if preset.ref_text == "clean" else row
@@ -328,16 +338,14 @@ def map_rows(preset: Preset, change: Callable[[Row], Row]) -> Preset:
         )
         for term in preset.terms
     )
-    parts = tuple(
-        replace(part, **{name: change(row) for name, row in _rows_of(part).items()})
-        for part in preset.regularizers
-    )
+    parts = tuple(_map_rows_of(part, change) for part in preset.regularizers)
     return replace(preset, terms=terms, regularizers=parts)
 
 
-def _rows_of(part: Regularizer) -> dict[str, Row]:
+def _map_rows_of(part: Regularizer, change: Callable[[Row], Row]) -> Regularizer:
     values = {spec.name: getattr(part, spec.name) for spec in fields(part)}
-    return {name: value for name, value in values.items() if isinstance(value, Row)}
+    rows: dict[str, Any] = {k: change(v) for k, v in values.items() if isinstance(v, Row)}
+    return replace(part, **rows)
 
 
 def _plan_kl(needs: dict[str, list[Row]], row: Row, *, constant: bool) -> None:
