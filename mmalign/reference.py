@@ -133,8 +133,9 @@ class _CopyReference(Reference):
         self._copy = copy.deepcopy(network, dict(shared)).eval().requires_grad_(False)
         policy = dict(network.named_parameters())
         frozen = self._copy.named_parameters()
-        pairs = {name: (value, policy[name]) for name, value in frozen}
-        tracked = {name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}
+        tracked: dict[str, tuple[Tensor, Tensor]] = {
+            name: (value, policy[name]) for name, value in frozen if value is not policy[name]
+        }
         super().__init__(config, tracked)
 
     @contextmanager

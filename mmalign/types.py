@@ -268,7 +268,11 @@ class VlmAdapter(Protocol):
     family: str
     model: nn.Module
     policy: nn.Module
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the reference computes with."""
+        ...
 
     def encode_pair(self, pair: VlmPair, *, max_length: int | None = None) -> EncodedVlmPair:
         """Turn a pair into tokens by the model's own chat template."""

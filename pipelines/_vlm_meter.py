@@ -66,7 +66,7 @@ class VlmMeter:
     ) -> None:
         if self._since is None:
             return
-        hidden: Tensor = output.last_hidden_state
+        hidden: Any = output.last_hidden_state
         tokens = hidden.shape[0] * hidden.shape[1]
         self.tokens_forward += tokens
         if hidden.requires_grad:

@@ -32,7 +32,7 @@ Similarity = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]
 class Sample(NamedTuple):
     """A pair in an epoch."""
 
-    index: int
+    number: int
     epoch: int
 
 
@@ -117,10 +117,10 @@ class RowMaker:
             raise InputError(f"preset {self._preset.name} needs at least two pairs")
         generator = self._generator(sample, "other")
         step = int(torch.randint(1, len(self._pairs), (), generator=generator))
-        return sample._replace(index=(sample.index + step) % len(self._pairs))
+        return sample._replace(number=(sample.number + step) % len(self._pairs))
 
     def _group(self, sample: Sample, rows: tuple[Row, ...]) -> Group:
-        pair = self._pairs[sample.index]
+        pair = self._pairs[sample.number]
         first = rows[0]
         prefix, features = self._prefix(sample, first)
         answers = [self._answer(sample, row, pair, features) for row in rows]
@@ -140,23 +140,23 @@ class RowMaker:
 
     def _prefix(self, sample: Sample, row: Row) -> tuple[Tensor, ImageFeatures | None]:
         """Make the prefix of a row: tokens, and features of its images."""
-        pair = self._pairs[sample.index]
+        pair = self._pairs[sample.number]
         ids = pair.prefix_ids
         if row.text == "perturbed":
             ids = self._perturbed(sample, "prompt", ids, pair.prefix_text).ids
         if row.image == "clean":
-            return ids, self._features.clean(sample.index)
+            return ids, self._features.clean(sample.number)
         if row.image == "other":
             return self._with_other_image(sample)
         if pair.images is None:
             raise InputError(
-                f"{self._pairs.pair(sample.index).where}: has no images, which preset"
+                f"{self._pairs.pair(sample.number).where}: has no images, which preset"
                 f" {self._preset.name} needs"
             )
         return ids, self._features.encode(self._variant(sample, row))
 
     def _with_other_image(self, sample: Sample) -> tuple[Tensor, ImageFeatures | None]:
-        pair, other = (self._pairs.pair(s.index) for s in (sample, self.other(sample)))
+        pair, other = (self._pairs.pair(s.number) for s in (sample, self.other(sample)))
         try:
             prefix = self._adapter.replaced_images(pair.prompt, self._adapter.pictures(other))
         except RowError as error:
@@ -168,7 +168,7 @@ class RowMaker:
         settings, generator = self._preset.images, self._generator(sample, row.image)
         if row.image == "cropped":
             return self._cropped(sample, generator)
-        tensors = dict(self._pairs.images(sample.index).tensors)
+        tensors = dict(self._pairs.images(sample.number).tensors)
         pixels = tensors["pixel_values"]
         if row.image == "noised":
             changed = noised(pixels, settings.noise_timestep, generator)
@@ -182,7 +182,7 @@ class RowMaker:
 
     def _cropped(self, sample: Sample, generator: torch.Generator) -> ImageInputs:
         """Cut a part out of each picture and enlarge it to the picture's size."""
-        settings, pair = self._preset.images, self._pairs.pair(sample.index)
+        settings, pair = self._preset.images, self._pairs.pair(sample.number)
         parts = []
         for picture in self._adapter.pictures(pair):
             box = crop_box(
@@ -203,10 +203,10 @@ class RowMaker:
         if row.response == "self":
             return _whole(self._own(sample))
         if row.response == "other":
-            pair = self._pairs[self.other(sample).index]
+            pair = self._pairs[self.other(sample).number]
         ids = _response(pair, row.response)
         if ids is None:
-            where = self._pairs.pair(sample.index).where
+            where = self._pairs.pair(sample.number).where
             raise InputError(
                 f"{where}: 'revised' is missing, which preset {self._preset.name} needs"
             )
@@ -218,15 +218,15 @@ class RowMaker:
     def _own(self, sample: Sample) -> Tensor:
         """Let the policy say what is likeliest along the chosen answer, under a noised image."""
         prefix, features = self._prefix(sample, Row(image="noised"))
-        chosen = self._pairs[sample.index].chosen_ids
+        chosen = self._pairs[sample.number].chosen_ids
         return self._own_answer(Branches(prefix, (chosen,), features))
 
     def _perturbed(self, sample: Sample, part: str, ids: Tensor, words: Tensor) -> _Text:
-        pair = self._pairs.pair(sample.index)
+        pair = self._pairs.pair(sample.number)
         changed = perturb_tokens(
             ids,
             perturbable_tokens(ids, words, self._protected),
-            self._similarities(sample.index, part),
+            self._similarities(sample.number, part),
             settings=self._preset.perturb,
             mask_id=self._mask_id,
             replacement_ids=self._ordinary,
@@ -256,7 +256,7 @@ class RowMaker:
         return values
 
     def _generator(self, sample: Sample, purpose: str) -> torch.Generator:
-        pair_id = self._pairs[sample.index].pair_id
+        pair_id = self._pairs[sample.number].pair_id
         return keyed_generator("variant", purpose, self._seed, pair_id, sample.epoch)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -12,19 +12,16 @@ from torch import Tensor
 
 from mmalign.adapters._branches import output_head
 from mmalign.adapters._vlm import VlmFamily
-from mmalign.config import VlmDpoConfig
+from mmalign.config import PreferenceConfig, VlmDpoConfig
 from mmalign.objectives.tars import Hidden, log_energy
 from mmalign.objectives.vlm import Extras, vlm_loss
-from mmalign.objectives.vlm_rows import Preset, Row, plan
+from mmalign.objectives.vlm_rows import Preset, Row, plan, segment_rule
 from mmalign.pipelines._vlm_pairs import EncodedPairs
 from mmalign.pipelines._vlm_reference import ReferenceScores
 from mmalign.pipelines._vlm_rows import Group, RowMaker, Sample
 from mmalign.reference import Reference
 from mmalign.sequence import TokenLogps, changed_tokens, head_kl
 from mmalign.types import Scored, StepOutput
-
-STRICT_SPANS = ("rlhf_v_official",)
-"""Presets whose authors' code counts only replaced spans as changed."""
 
 
 class VlmBatch(NamedTuple):
@@ -64,6 +61,8 @@ class VlmStep:
         self._reference, self._scores = parts.reference, parts.scores
         self._preset, self._config = parts.preset, config
         self._share_prefix = config.share_prefix
+        names = [field.name for field in fields(PreferenceConfig)]
+        self._preference = PreferenceConfig(**{name: getattr(config, name) for name in names})
         self._plan = plan(parts.preset)
         self._moving = tuple(row for row in self._plan.policy if row not in self._plan.frozen)
         self._states = bool(self._plan.token_kl or self._plan.hidden)
@@ -92,7 +91,7 @@ class VlmStep:
             ref,
             self._preset,
             beta=self._config.beta,
-            preference=self._config,
+            preference=self._preference,
             extras=self._extras(batch, policy, groups, energies),
         )
         tokens = sum(len(a.logps) for found in policy for a in found.values())
@@ -137,21 +136,17 @@ class VlmStep:
     def _with_changes(self, batch: VlmBatch, row: Row, table: TokenLogps) -> TokenLogps:
         """Mark the tokens in which chosen and rejected differ, where the preset weighs them."""
         changed = torch.zeros_like(table.mask)
-        if self._uses_segments and row.response in ("chosen", "rejected"):
+        rule = segment_rule(self._preset)
+        if rule is not None and row.response in ("chosen", "rejected"):
             for i, sample in enumerate(batch.samples):
-                pair = self._pairs[sample.index]
+                pair = self._pairs[sample.number]
                 sides = changed_tokens(
                     pair.rejected_ids.tolist(),
                     pair.chosen_ids.tolist(),
-                    strict=self._preset.name in STRICT_SPANS,
+                    strict=rule.strict,
                 )
                 changed[i, sides[row.response == "chosen"]] = True
         return table._replace(changed=changed & table.mask)
-
-    @property
-    def _uses_segments(self) -> bool:
-        rules = [self._preset.tokens, *(t.tokens for t in self._preset.terms)]
-        return any(rule is not None and rule.weighting == "segments" for rule in rules)
 
     def _extras(
         self,
@@ -161,7 +156,7 @@ class VlmStep:
         ref_energies: Mapping[Row, Tensor],
     ) -> Extras:
         needs = self._plan
-        margins = [self._pairs.margins[sample.index] for sample in batch.samples]
+        margins = [self._pairs.margins[sample.number] for sample in batch.samples]
         known = [float("nan") if margin is None else margin for margin in margins]
         device = next(iter(policy[0].values())).logps.device
         return Extras(

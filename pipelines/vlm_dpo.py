@@ -210,7 +210,7 @@ class _Job:
                 samples = tuple(
                     Sample(index, (number * count + i) // size) for i, index in enumerate(indices)
                 )
-                yield VlmBatch(tuple(self._pairs[s.index].pair_id for s in samples), samples)
+                yield VlmBatch(tuple(self._pairs[s.number].pair_id for s in samples), samples)
 
     def _own_answer(self, branches: Branches) -> torch.Tensor:
         scorer: Any = self._accelerator.unwrap_model(self._adapter.policy)

@@ -126,7 +126,7 @@ class AnswerScorer(nn.Module):
             chunk_size=self.logits_chunk,
         )
         whole = forward.whole() if states else [None] * len(forward.lengths)
-        scored = map(Scored, logps.split(forward.lengths), whole)
+        scored = map(Scored, torch.split(logps, forward.lengths), whole)
         return [[next(scored) for _ in item.answers] for item in batch]
 
     def embed(self, batch: Sequence[Branches]) -> list[list[Tensor]]:
@@ -143,9 +143,9 @@ class AnswerScorer(nn.Module):
     def likeliest(self, batch: Sequence[Branches], share_prefix: bool = True) -> list[list[Tensor]]:
         """Predict the token (R,) at each place of each answer, given the answer's own before it."""
         forward = self._run(batch, share_prefix)
-        parts = forward.picked().split(self.logits_chunk)
+        parts = torch.split(forward.picked(), self.logits_chunk)
         tokens = torch.cat([self._logits(part).argmax(1) for part in parts])
-        found = iter(tokens.split(forward.lengths))
+        found = iter(torch.split(tokens, forward.lengths))
         return [[next(found) for _ in item.answers] for item in batch]
 
     def last_logits(self, batch: Sequence[Branches]) -> Tensor:

@@ -200,7 +200,7 @@ class Chat:
             text, add_special_tokens=self.adds_special(text), return_offsets_mapping=True
         )
         plain, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        inside = [_within(text, *span, start, start + len(words)) for span in offsets]
+        inside = [_within(text, begin, end, start, start + len(words)) for begin, end in offsets]
         image = self.tokenizer.convert_tokens_to_ids(self.image_token)
         last = max((i for i, token in enumerate(plain) if token == image), default=-1)
         tail = len(plain) - last - 1

@@ -318,12 +318,11 @@ class VlmFamily(ABC):
     def _pictures(self, question: Question) -> list[Image.Image]:
         pictures = []
         for image in question.images:
-            if isinstance(image, ImageRef):
-                try:
-                    image = decode(image, self.max_pixels)
-                except RowError as error:
-                    raise InputError(f"{image.where}: {error}") from error
-            pictures.append(image.convert("RGB"))
+            try:
+                picture = _decoded(image, self.max_pixels) if isinstance(image, ImageRef) else image
+            except RowError as error:
+                raise InputError(str(error)) from error
+            pictures.append(picture.convert("RGB"))
         return pictures
 
 

@@ -109,7 +109,8 @@ class _Texts(NamedTuple):
 def _flat(record: Mapping[str, Any]) -> _Texts:
     prompt = "question" if "prompt" not in record and "question" in record else "prompt"
     require(record, (prompt, CHOSEN, REJECTED))
-    return _Texts(*(_text(record, name) for name in (prompt, CHOSEN, REJECTED)))
+    asked, chosen, rejected = (_text(record, name) for name in (prompt, CHOSEN, REJECTED))
+    return _Texts(asked, chosen, rejected)
 
 
 def _trl(record: Mapping[str, Any]) -> _Texts:
@@ -119,8 +120,8 @@ def _trl(record: Mapping[str, Any]) -> _Texts:
         prompt, blocks = messages, None
     else:
         prompt, blocks = _only(messages, _USERS, "prompt")
-    sides = (_only(record[name], _ASSISTANTS, name)[0] for name in (CHOSEN, REJECTED))
-    return _Texts(prompt, *sides, blocks=blocks)
+    chosen, rejected = (_only(record[name], _ASSISTANTS, name)[0] for name in (CHOSEN, REJECTED))
+    return _Texts(prompt, chosen, rejected, blocks)
 
 
 def _rlhf_v(record: Mapping[str, Any]) -> _Texts:
