@@ -64,8 +64,9 @@ def run(config: VlmDpoConfig) -> RunSummary:
     )
     write_bytes(output / "config.yaml", dump_config(config).encode())
     held_out = None if config.eval_pairs is None else HeldOut(adapter, config)
-    before = None if held_out is None else held_out.measure("evaluate base")
     job = _Job(config, adapter, accelerator, pairs, preset)
+    # A LoRA that was just attached changes nothing, so this is the base, in the same precision.
+    before = None if held_out is None else held_out.measure("evaluate base")
     trainer = job.trainer()
     with job.meter.running():
         job.fill_reference()

@@ -8,7 +8,7 @@ its end token included. So template, images and question are known exactly, toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
@@ -125,7 +125,7 @@ class Chat:
         begin = self.tokenizer.bos_token
         return begin is None or not text.startswith(begin)
 
-    @property
+    @cached_property
     def special_ids(self) -> set[int]:
         """Tokens that no user's text may have."""
         tokenizer = self.tokenizer

@@ -18,6 +18,7 @@ from skimage import data as photographs
 from transformers import AutoModelForImageTextToText
 
 from mmalign.adapters import load_vlm
+from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import (
     GenerationConfig,
     VlmDpoConfig,
@@ -28,7 +29,7 @@ from mmalign.config import (
 from mmalign.data.files import write_jsonl
 from mmalign.objectives.vlm_presets import PRESETS
 from mmalign.pipelines import vlm_dpo
-from mmalign.types import InputError
+from mmalign.types import ImageInputs, InputError
 
 SHAPES_CLIP = "pkg://mmalign.shapes/models/clip"
 FAMILIES = ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -195,6 +196,38 @@ def test_full_fine_tuning_moves_the_language_model_only(
     assert any("layers" in key for key in moved)
     assert not any("vision_tower" in key or "projector" in key for key in moved)
     assert load_vlm(VlmModelConfig(model=str(tmp_path / "model"), offline=True), "cpu").context
+
+
+def test_each_image_is_encoded_once_and_prefixes_are_shared(
+    vlm: Callable[[str], Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str | None] = []
+    encode = VlmFamily.encode_images
+
+    def counted(self: VlmFamily, images: ImageInputs) -> Any:
+        encoded.append(images.key)
+        return encode(self, images)
+
+    monkeypatch.setattr(VlmFamily, "encode_images", counted)
+    train(vlm("llava"), pairs, tmp_path / "a", max_steps=6)
+    assert len(encoded) == 3
+    assert len(set(encoded)) == 3
+    train(vlm("llava"), pairs, tmp_path / "b", max_steps=6, share_prefix=False)
+    shared, separate = (
+        json.loads((tmp_path / name / "summary.json").read_text())["cost"]["tokens_backward"]
+        for name in ("a", "b")
+    )
+    assert shared < 0.8 * separate
+
+
+def test_half_precision_starts_at_the_reference(
+    vlm: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    lines = train(
+        vlm("llava"), pairs, tmp_path, dtype="bfloat16", mixed_precision="bf16", max_steps=2
+    )
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in trained(tmp_path).values())
 
 
 def test_moving_reference_is_not_cached(
