@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -36,21 +36,34 @@ class Sample(NamedTuple):
     epoch: int
 
 
+Features = Callable[[], ImageFeatures | None]
+"""Computes the features of the images of a prefix."""
+
+
 @dataclass(frozen=True)
 class Group:
     """A prefix with the answers of some rows.
 
     Attributes:
-        branches: what the networks are run on.
-        rows: the row of each answer.
+        prefix_ids: tokens of the prefix (P,).
+        answers: tokens (R,) of the answer of each row.
+        rows: the rows.
         scored: tokens (R,) of each answer that count.
         key: identifies content and draws, for caches; None where an answer depends on the policy.
+        features: of the images.
     """
 
-    branches: Branches
+    prefix_ids: Tensor
+    answers: tuple[Tensor, ...]
     rows: tuple[Row, ...]
     scored: tuple[Tensor, ...]
     key: str | None
+    features: Features
+
+    @cached_property
+    def branches(self) -> Branches:
+        """What the networks are run on; images are encoded when it is first asked for."""
+        return Branches(self.prefix_ids, self.answers, self.features())
 
 
 class _Text(NamedTuple):
@@ -123,29 +136,34 @@ class RowMaker:
         pair = self._pairs[sample.number]
         first = rows[0]
         prefix, features = self._prefix(sample, first)
-        answers = [self._answer(sample, row, pair, features) for row in rows]
-        branches = Branches(prefix, tuple(answer.ids for answer in answers), features)
-        random = first.image not in ("clean", "absent")
-        drawn = (first.image, self._preset.images, sample.epoch, self._seed, pair.pair_id)
+        answers = [self._answer(sample, row, pair) for row in rows]
+        drawn = (self._preset.images, sample.epoch, self._seed, pair.pair_id)
         parts = (
             None if pair.images is None else pair.images.key,
-            drawn if random else first.image,
+            first.image,
+            None if first.image in ("clean", "absent") else drawn,
             prefix.tolist(),
             [answer.ids.tolist() for answer in answers],
         )
         depends = any(row.response == "self" for row in rows)
         key = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-        scored = tuple(answer.scored for answer in answers)
-        return Group(branches, rows, scored, None if depends else key)
+        return Group(
+            prefix_ids=prefix,
+            answers=tuple(answer.ids for answer in answers),
+            rows=rows,
+            scored=tuple(answer.scored for answer in answers),
+            key=None if depends else key,
+            features=features,
+        )
 
-    def _prefix(self, sample: Sample, row: Row) -> tuple[Tensor, ImageFeatures | None]:
-        """Make the prefix of a row: tokens, and features of its images."""
+    def _prefix(self, sample: Sample, row: Row) -> tuple[Tensor, Features]:
+        """Make the prefix of a row: tokens, and what computes features of its images."""
         pair = self._pairs[sample.number]
         ids = pair.prefix_ids
         if row.text == "perturbed":
             ids = self._perturbed(sample, "prompt", ids, pair.prefix_text).ids
         if row.image == "clean":
-            return ids, self._features.clean(sample.number)
+            return ids, lambda: self._features.clean(sample.number)
         if row.image == "other":
             return self._with_other_image(sample)
         if pair.images is None:
@@ -153,15 +171,15 @@ class RowMaker:
                 f"{self._pairs.pair(sample.number).where}: has no images, which preset"
                 f" {self._preset.name} needs"
             )
-        return ids, self._features.encode(self._variant(sample, row))
+        return ids, lambda: self._features.encode(self._variant(sample, row))
 
-    def _with_other_image(self, sample: Sample) -> tuple[Tensor, ImageFeatures | None]:
+    def _with_other_image(self, sample: Sample) -> tuple[Tensor, Features]:
         pair, other = (self._pairs.pair(s.number) for s in (sample, self.other(sample)))
         try:
             prefix = self._adapter.replaced_images(pair.prompt, self._adapter.pictures(other))
         except RowError as error:
             raise InputError(f"{other.where}: {error}") from error
-        return prefix.ids, self._features.encode(ImageInputs(prefix.images))
+        return prefix.ids, lambda: self._features.encode(ImageInputs(prefix.images))
 
     def _variant(self, sample: Sample, row: Row) -> ImageInputs:
         """Make pixel values worse, as the preset says."""
@@ -197,9 +215,7 @@ class RowMaker:
             parts.append(part.resize(picture.size, Image.Resampling.BILINEAR))
         return ImageInputs(self._adapter.replaced_images(pair.prompt, parts).images)
 
-    def _answer(
-        self, sample: Sample, row: Row, pair: EncodedVlmPair, features: ImageFeatures | None
-    ) -> _Text:
+    def _answer(self, sample: Sample, row: Row, pair: EncodedVlmPair) -> _Text:
         if row.response == "self":
             return _whole(self._own(sample))
         if row.response == "other":
@@ -219,7 +235,7 @@ class RowMaker:
         """Let the policy say what is likeliest along the chosen answer, under a noised image."""
         prefix, features = self._prefix(sample, Row(image="noised"))
         chosen = self._pairs[sample.number].chosen_ids
-        return self._own_answer(Branches(prefix, (chosen,), features))
+        return self._own_answer(Branches(prefix, (chosen,), features()))
 
     def _perturbed(self, sample: Sample, part: str, ids: Tensor, words: Tensor) -> _Text:
         pair = self._pairs.pair(sample.number)

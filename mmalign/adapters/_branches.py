@@ -4,12 +4,14 @@ The answers of one prefix are laid out behind it in one sequence. A block mask k
 seeing the others, and each starts at the position after the prefix, so that every token sees
 exactly what it would see in a sequence of its own: the result is the same up to rounding, at
 P + R1 + R2 tokens instead of 2 P + R1 + R2. Logits exist only where an answer token is predicted,
-a chunk at a time.
+a chunk at a time, and the last layer works only there, apart from the keys and values that are
+looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
@@ -116,7 +118,7 @@ class AnswerScorer(nn.Module):
             share_prefix: compute each prefix once for all its answers.
             states: return hidden states as well.
         """
-        forward = self._run(batch, share_prefix)
+        forward = self._run(batch, share_prefix, everywhere=states)
         head = output_head(self.model)
         logps = head_logps(
             forward.picked(),
@@ -159,9 +161,11 @@ class AnswerScorer(nn.Module):
         positions = self.layout.positions
         return [s for item in batch for s in _sequences(item, positions, share_prefix)]
 
-    def _run(self, batch: Sequence[Branches], share_prefix: bool) -> _Forward:
+    def _run(
+        self, batch: Sequence[Branches], share_prefix: bool, *, everywhere: bool = False
+    ) -> _Forward:
         sequences = self._sequences(batch, share_prefix)
-        return _Forward(sequences, self._hidden(sequences))
+        return _Forward(sequences, self._hidden(sequences, everywhere=everywhere))
 
     def _embed(self, sequences: Sequence[_Sequence]) -> tuple[Tensor, Tensor]:
         """Look up embeddings (S, T, D), images included, and where images are (S, T)."""
@@ -177,8 +181,11 @@ class AnswerScorer(nn.Module):
             embeds = embeds.masked_scatter(visual[..., None], images)
         return embeds, visual
 
-    def _hidden(self, sequences: Sequence[_Sequence]) -> Tensor:
-        """Run the language model; returns last hidden states (S, T, D)."""
+    def _hidden(self, sequences: Sequence[_Sequence], *, everywhere: bool = True) -> Tensor:
+        """Run the language model; returns last hidden states (S, T, D).
+
+        They are right at the sources of the sequences, and with `everywhere` at every token.
+        """
         embeds, visual = self._embed(sequences)
         length, device = embeds.shape[1], embeds.device
         positions = torch.stack([_continued(s.positions, length) for s in sequences], dim=1)
@@ -188,13 +195,17 @@ class AnswerScorer(nn.Module):
             more["visual_pos_masks"] = visual
             levels = zip(*deep, strict=True)
             more["deepstack_visual_embeds"] = [torch.cat(level).to(device) for level in levels]
-        output = cast(Any, self.model).model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=_mask(sequences, length, device),
-            position_ids=positions.to(device)[0 if self.layout.flat_positions else slice(None)],
-            use_cache=False,
-            **more,
-        )
+        language_model = cast(Any, self.model).model.language_model
+        last = language_model.layers[-1]
+        needed = None if everywhere or _recomputes(last) else _needed(sequences, length, device)
+        with _working_where(last, needed):
+            output = language_model(
+                inputs_embeds=embeds,
+                attention_mask=_mask(sequences, length, device),
+                position_ids=positions.to(device)[0 if self.layout.flat_positions else slice(None)],
+                use_cache=False,
+                **more,
+            )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -261,6 +272,51 @@ def _mask(sequences: Sequence[_Sequence], length: int, device: torch.device) -> 
     query, key = branch[:, :, None], branch[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return (((key == 0) | (key == query)) & causal)[:, None]
+
+
+def _needed(sequences: Sequence[_Sequence], length: int, device: torch.device) -> Tensor:
+    """Mark the places whose last hidden state is read, (S, T) bool."""
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        mask[row, sequence.sources] = True
+    return mask.to(device)
+
+
+def _recomputes(layer: Any) -> bool:
+    """Whether a layer runs again in the backward pass, when no hook would be there any more."""
+    return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
+
+
+@contextmanager
+def _working_where(layer: Any, needed: Tensor | None) -> Iterator[None]:
+    """Let the token-wise parts of a decoder layer work on some tokens only, (S, T) bool.
+
+    Elsewhere they return zeros. Keys and values are computed for all tokens.
+    """
+    attention = getattr(layer, "self_attn", None)
+    names = ((attention, "q_proj"), (attention, "o_proj"), (layer, "mlp"))
+    parts = [getattr(owner, name, None) for owner, name in names]
+    if needed is None or any(part is None for part in parts):
+        yield
+        return
+    where = needed[..., None]
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][needed], *args[1:])
+
+    def scatter(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        empty = output.new_zeros(*needed.shape, output.shape[-1])
+        return empty.masked_scatter(where, output)
+
+    handles = []
+    for part in parts:
+        assert isinstance(part, nn.Module)
+        handles += [part.register_forward_pre_hook(gather), part.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _padded(values: Tensor, length: int, fill: int) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -220,6 +221,15 @@ def test_each_image_is_encoded_once_and_prefixes_are_shared(
     assert shared < 0.8 * separate
 
 
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """Let a test use a precision that the process has not used before."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("another_precision")
 def test_half_precision_starts_at_the_reference(
     vlm: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
