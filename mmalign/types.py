@@ -283,9 +283,14 @@ class VlmAdapter(Protocol):
         ...
 
     def score(
-        self, batch: Sequence[Branches], *, share_prefix: bool, states: bool = False
+        self,
+        batch: Sequence[Branches],
+        *,
+        share_prefix: bool,
+        share_images: bool = False,
+        states: bool = False,
     ) -> list[list[Scored]]:
-        """Score the answers of each prefix by `policy`."""
+        """Score the answers of each prefix by `policy`, what they share computed once."""
         ...
 
     def token_logps(self, batch: Sequence[Branches], *, share_prefix: bool) -> list[list[Tensor]]:

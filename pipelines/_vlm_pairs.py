@@ -65,6 +65,14 @@ class EncodedPairs:
             encoded, prefix_ids=encoded.prefix_ids.long(), chosen_ids=encoded.chosen_ids.long()
         )
 
+    @property
+    def image_keys(self) -> list[str]:
+        """What identifies the images of each pair; its own id where there are none."""
+        return [
+            (pair.images.key if pair.images is not None else None) or pair.pair_id
+            for pair in self._encoded
+        ]
+
     def pair(self, index: int) -> VlmPair:
         """Return what was encoded."""
         return self._pairs[self._indices[index]]

@@ -60,7 +60,6 @@ class VlmStep:
         self._adapter, self._pairs, self._maker = parts.adapter, parts.pairs, parts.maker
         self._reference, self._scores = parts.reference, parts.scores
         self._preset, self._config = parts.preset, config
-        self._share_prefix = config.share_prefix
         names = [field.name for field in fields(PreferenceConfig)]
         self._preference = PreferenceConfig(**{name: getattr(config, name) for name in names})
         self._plan = plan(parts.preset)
@@ -101,7 +100,12 @@ class VlmStep:
         """Run the policy on groups per sample."""
         flat = [group.branches for members in groups for group in members]
         scored = iter(
-            self._adapter.score(flat, share_prefix=self._share_prefix, states=self._states)
+            self._adapter.score(
+                flat,
+                share_prefix=self._config.share_prefix,
+                share_images=self._config.group_images,
+                states=self._states,
+            )
             if flat
             else []
         )

@@ -18,7 +18,7 @@ from mmalign.adapters import load_vlm
 from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import VlmDpoConfig, dump_config
 from mmalign.data.files import write_bytes
-from mmalign.data.order import BatchPlan, batch_indices
+from mmalign.data.order import BatchPlan, GroupedOrder, batch_indices
 from mmalign.data.vlm_readers import read_vlm_pairs
 from mmalign.objectives.vlm_rows import Preset, plan
 from mmalign.pipelines._vlm_evaluation import HeldOut, VlmEvaluation
@@ -106,6 +106,7 @@ class _Job:
     ) -> None:
         self._config, self._adapter, self._accelerator = config, adapter, accelerator
         self._pairs = pairs
+        self._grouped = GroupedOrder(pairs.image_keys, config.seed) if config.group_images else None
         self._prepare_policy()
         self._reference = make_reference(adapter, config.lora, config, attribute="policy")
         adapter.policy = accelerator.prepare_model(adapter.policy)
@@ -207,7 +208,10 @@ class _Job:
         for step in range(start_step, config.max_steps):
             for position in division.positions():
                 number = step * division.batches_per_step + position
-                indices = batch_indices(number, size=size, batch_size=count, seed=config.seed)
+                if self._grouped is not None:
+                    indices = self._grouped.batch(number, count)
+                else:
+                    indices = batch_indices(number, size=size, batch_size=count, seed=config.seed)
                 samples = tuple(
                     Sample(index, (number * count + i) // size) for i, index in enumerate(indices)
                 )

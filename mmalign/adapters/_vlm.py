@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmalign.adapters._answers import GumbelSampling, yes_no_tokens
-from mmalign.adapters._branches import AnswerScorer, Layout
+from mmalign.adapters._branches import AnswerScorer
 from mmalign.adapters._chat import Chat, Prefix
+from mmalign.adapters._packing import Layout, Sharing
 from mmalign.adapters._vlm_source import VlmSource, first_line
 from mmalign.config import GenerationConfig
 from mmalign.data.images import decode, hash_image
@@ -205,11 +206,24 @@ class VlmFamily(ABC):
         return ImageFeatures(embeds, tuple(torch.cat(list(level)) for level in deep), small)
 
     def score(
-        self, batch: Sequence[Branches], *, share_prefix: bool = True, states: bool = False
+        self,
+        batch: Sequence[Branches],
+        *,
+        share_prefix: bool = True,
+        share_images: bool = False,
+        states: bool = False,
     ) -> list[list[Scored]]:
-        """Score the answers of each prefix by `policy`."""
-        share = share_prefix and self.can_share_prefix
-        scored: list[list[Scored]] = self.policy(batch, share, states)
+        """Score the answers of each prefix by `policy`.
+
+        Args:
+            batch: prefixes with their answers.
+            share_prefix: compute each prefix once for all its answers.
+            share_images: besides, compute images once for all prefixes that have the same object as
+                features.
+            states: return hidden states as well.
+        """
+        sharing = Sharing(share_prefix and self.can_share_prefix, share_images)
+        scored: list[list[Scored]] = self.policy(batch, sharing, states)
         return scored
 
     def token_logps(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mmalign.adapters._branches import Layout
+from mmalign.adapters._packing import Layout
 from mmalign.adapters._vlm import VlmFamily
 
 

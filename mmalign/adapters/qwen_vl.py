@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmalign.adapters._branches import Layout
+from mmalign.adapters._packing import Layout
 from mmalign.adapters._vlm import VlmFamily
 
 

@@ -127,6 +127,8 @@ class VlmDpoConfig(TrainConfig, ReferenceConfig, PreferenceConfig, VlmModelConfi
         max_length: longest sequence in tokens; longer answers are shortened, images never. The
             model's own context when omitted.
         share_prefix: compute image and question once for the answers that follow them: exact.
+        group_images: put pairs about the same images into the same batch, and compute the images
+            once for all of them: exact for a batch, whose pairs are then no longer independent.
         cache_reference: compute log-probabilities of the reference once and keep them on disk.
         cache_dir: folder of that cache; `<output_dir>/cache` when omitted.
         image_cache_mib: memory for features of images that were encoded before.
@@ -148,6 +150,7 @@ class VlmDpoConfig(TrainConfig, ReferenceConfig, PreferenceConfig, VlmModelConfi
     eval_pairs: VlmPairsConfig | None = None
     max_length: int | None = None
     share_prefix: bool = True
+    group_images: bool = False
     cache_reference: bool = True
     cache_dir: str | None = None
     image_cache_mib: int = 1024

@@ -95,6 +95,7 @@ def test_log_probs_are_those_of_full_logits(
     adapter, pair = load(name), make_pair(images)
     shorter = make_pair(images, prompt="What?", chosen="Yes", rejected="No no no")
     batch = [branches(adapter, pair), branches(adapter, shorter)]
+    batch[1] = batch[1]._replace(features=batch[0].features)  # one object: the same images
     for share in (True, False):
         with torch.no_grad():
             scored = adapter.token_logps(batch, share_prefix=share)
@@ -104,6 +105,11 @@ def test_log_probs_are_those_of_full_logits(
                 assert logps.shape == expected.shape
                 assert logps.dtype == torch.float32
                 torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=1e-6)
+    with torch.no_grad():
+        tree = adapter.score(batch, share_prefix=True, share_images=True)
+    for whole, parts in zip(tree, scored, strict=True):
+        for one, two in zip(whole, parts, strict=True):
+            torch.testing.assert_close(one.logps, two, atol=1e-5, rtol=1e-6)
     if images:
         other = make_pair(images=tuple(reference(i + 1) for i in range(images)))
         with torch.no_grad():

@@ -230,6 +230,24 @@ def another_precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("another_precision")
+def test_pairs_of_one_image_share_it(
+    vlm: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    lines = {}
+    for name, more in {
+        "grouped": {"group_images": True},
+        "separate": {"group_images": True, "share_prefix": False},
+    }.items():
+        lines[name] = train(vlm("qwen2_vl"), pairs, tmp_path / name, max_steps=5, **more)
+    for a, b in zip(lines["grouped"], lines["separate"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    costs = [
+        json.loads((tmp_path / name / "summary.json").read_text())["cost"]["tokens_backward"]
+        for name in lines
+    ]
+    assert costs[0] < 0.6 * costs[1]
+
+
 def test_half_precision_starts_at_the_reference(
     vlm: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
