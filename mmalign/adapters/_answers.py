@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from mmalign.types import InputError
+from mmalign.data.images import hash_image
+from mmalign.randomness import derive_seed
+from mmalign.types import ImageRef, InputError, Question
 
 TINY = 1e-20
 
@@ -67,3 +70,27 @@ def yes_no_tokens(tokenizer: Any, name: str) -> tuple[list[int], list[int]]:
         if not tokens:
             raise InputError(f"{name}: its tokenizer has no token for the word {word!r}")
     return found["yes"], found["no"]
+
+
+def question_batches(questions: Sequence[Question], size: int) -> Iterator[list[int]]:
+    """List places of questions, those with images and those without apart."""
+    for wanted in (True, False):
+        places = [i for i, question in enumerate(questions) if bool(question.images) is wanted]
+        for start in range(0, len(places), size):
+            yield places[start : start + size]
+
+
+def draw_keys(questions: Sequence[Question], seed: int) -> list[int]:
+    """Key the draws of each question by itself and by how often it came before."""
+    seen: dict[bytes, int] = {}
+    keys = []
+    for question in questions:
+        digest = hashlib.blake2b(question.prompt.encode("utf-8", "surrogatepass"), digest_size=16)
+        for image in question.images:
+            content = hash_image(image) if isinstance(image, ImageRef) else image.tobytes()
+            digest.update(hashlib.blake2b(content, digest_size=16).digest())
+        content_key = digest.digest()
+        before = seen.get(content_key, 0)
+        seen[content_key] = before + 1
+        keys.append(derive_seed(seed, content_key.hex(), before, "answer"))
+    return keys

@@ -15,7 +15,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mmalign.adapters._answers import GumbelSampling, yes_no_tokens
+from mmalign.adapters._answers import (
+    GumbelSampling,
+    draw_keys,
+    question_batches,
+    yes_no_tokens,
+)
 from mmalign.adapters._branches import AnswerScorer
 from mmalign.adapters._chat import Chat, Prefix
 from mmalign.adapters._packing import Layout, Sharing
@@ -23,7 +28,6 @@ from mmalign.adapters._vlm_source import VlmSource, first_line
 from mmalign.config import GenerationConfig
 from mmalign.data.images import decode, hash_image
 from mmalign.data.schema import RowError
-from mmalign.randomness import derive_seed
 from mmalign.types import (
     Branches,
     EncodedVlmPair,
@@ -246,9 +250,9 @@ class VlmFamily(ABC):
             InputError: an image or a question cannot be used.
         """
         answers = [""] * len(questions)
-        keys = _keys(questions, config.seed)
+        keys = draw_keys(questions, config.seed)
         with self._answering():
-            for places in _batches(questions, config.batch_size):
+            for places in question_batches(questions, config.batch_size):
                 inputs = self._inputs([questions[i] for i in places])
                 sampling: dict[str, Any] = {"num_beams": config.num_beams}
                 if config.temperature > 0:
@@ -280,7 +284,7 @@ class VlmFamily(ABC):
         results = [(0.0, 0.0)] * len(questions)
         scorer = AnswerScorer(self.model, self.layout(), logits_chunk=256)
         with self._answering():
-            for places in _batches(questions, batch_size):
+            for places in question_batches(questions, batch_size):
                 prefixes = [self._branches(questions[i]) for i in places]
                 shares = scorer.last_logits(prefixes).softmax(1)
                 sums = [shares[:, tokens].sum(1).tolist() for tokens in self._yes_no]
@@ -355,30 +359,6 @@ def _decoded(ref: ImageRef, max_pixels: int) -> Image.Image:
         return decode(ref, max_pixels)
     except RowError as error:
         raise RowError(f"{ref.where}: {error}") from error
-
-
-def _batches(questions: Sequence[Question], size: int) -> Iterator[list[int]]:
-    """List places of questions, those with images and those without apart."""
-    for wanted in (True, False):
-        places = [i for i, question in enumerate(questions) if bool(question.images) is wanted]
-        for start in range(0, len(places), size):
-            yield places[start : start + size]
-
-
-def _keys(questions: Sequence[Question], seed: int) -> list[int]:
-    """Key the draws of each question by itself and by how often it came before."""
-    seen: dict[bytes, int] = {}
-    keys = []
-    for question in questions:
-        digest = hashlib.blake2b(question.prompt.encode("utf-8", "surrogatepass"), digest_size=16)
-        for image in question.images:
-            content = hash_image(image) if isinstance(image, ImageRef) else image.tobytes()
-            digest.update(hashlib.blake2b(content, digest_size=16).digest())
-        content_key = digest.digest()
-        before = seen.get(content_key, 0)
-        seen[content_key] = before + 1
-        keys.append(derive_seed(seed, content_key.hex(), before, "answer"))
-    return keys
 
 
 def _fingerprint(model: nn.Module, processor: Any) -> str:
