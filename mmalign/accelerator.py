@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from accelerate.utils import LoggerType
 from mmalign.config import TrainConfig
 from mmalign.types import InputError
 
-SIGTERM_EXIT_CODE = 143
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
@@ -70,26 +71,41 @@ def tracking(accelerator: Accelerator, config: TrainConfig) -> Iterator[None]:
 
 
 class StopSignal:
-    """Turns SIGTERM into a flag for the duration of a `with` block.
+    """Turns SIGTERM and Ctrl-C into a flag for the duration of a `with` block.
 
-    Outside the main thread no signal arrives and the flag stays down.
+    A second Ctrl-C interrupts at once. A signal that the process was started to ignore stays
+    ignored. Outside the main thread no signal arrives and the flag stays down.
     """
 
     def __init__(self) -> None:
         """Start with the flag down."""
-        self.requested = False
+        self.received: signal.Signals | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether the process was asked to stop."""
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a process that the signal ended, as shells count: 143 or 130."""
+        return 128 + (self.received or signal.SIGTERM)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGTERM inside the block; the previous handler comes back afterwards."""
+        """Handle the signals inside the block; the previous handlers come back afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.signal(signal.SIGTERM, self._request)
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._request)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Tell whether any process was asked to stop, so that all leave after the same step."""
@@ -99,7 +115,12 @@ class StopSignal:
         return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        if number == signal.SIGINT:
+            if self.received == signal.SIGINT:
+                raise KeyboardInterrupt
+            # A write of its own: stderr's buffer may be in the middle of one.
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+        self.received = signal.Signals(number)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:

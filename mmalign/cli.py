@@ -93,10 +93,16 @@ COMMANDS: dict[Words, Command] = {
         "candidates, scores, then preference pairs",
     ),
     ("pairs", "validate"): Command(
-        "PairsCheckConfig", "mmalign.pipelines.pairs_validate:run", "list every bad row"
+        "PairsCheckConfig",
+        "mmalign.pipelines.pairs_validate:run",
+        "list every bad row",
+        positional="path",
     ),
     ("pairs", "stats"): Command(
-        "PairsCheckConfig", "mmalign.pipelines.pairs_stats:run", "counts, ties, histogram of gaps"
+        "PairsCheckConfig",
+        "mmalign.pipelines.pairs_stats:run",
+        "counts, ties, histogram of gaps",
+        positional="path",
     ),
     ("pairs", "label"): Command(
         "PairsLabelConfig",

@@ -15,9 +15,10 @@ from diffusers.utils import convert_state_dict_to_kohya
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from mmalign.data.files import write_bytes
 from mmalign.lora import ADAPTER_NAME, LoraFile, read_lora
 from mmalign.types import InputError
 
@@ -60,11 +61,7 @@ def export_kohya(adapter: Path | str, file: Path | str) -> Path:
             key = f"{_KOHYA_PREFIX[component]}_{inside.replace('.', '_')}.alpha"
             converted[key] = torch.tensor(_kohya_alpha(lora, component, inside, len(tensor)))
     target = Path(file)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(converted, target, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{target}: cannot be written: {error}") from error
+    write_bytes(target, save(converted, metadata={"format": "pt"}))
     return target
 
 
@@ -97,7 +94,8 @@ def _merged(model: nn.Module) -> nn.Module:
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         if hasattr(merged, attribute):
             delattr(merged, attribute)
-    return merged.to(dtype)
+    nn.Module.to(merged, dtype)  # diffusers' own warns of float32 modules that are not there
+    return merged
 
 
 def _kohya_alpha(lora: LoraFile, component: str, module: str, rank: int) -> float:

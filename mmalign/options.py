@@ -40,6 +40,7 @@ def parse_options(config_class: type[Config], argv: Sequence[str], *, command: s
     parser = _Parser(
         prog=f"mmalign {command}",
         usage="%(prog)s [--config FILE|NAME] [--option VALUE ...]",
+        description=(config_class.__doc__ or "").partition("\n")[0],
         epilog=_epilog(config_class),
         allow_abbrev=False,
     )
@@ -105,9 +106,8 @@ def _split(config_class: type, argv: Sequence[str]) -> tuple[list[Path], list[st
             continue
         hint = _hint(config_class, name.removesuffix("+"))
         if hint is None:
-            raise InputError(
-                f"unknown option --{name}; the nearest is --{_nearest(config_class, name)}"
-            )
+            nearest = _nearest(config_class, name)
+            raise InputError(f"unknown option --{name}; the nearest is --{nearest}, --help has all")
         if hint == list[str] and not name.endswith("+"):
             lists.setdefault(name, []).extend(v for value in values for v in _items(value))
         elif hint is bool and not values:
@@ -125,10 +125,10 @@ def _values(rest: list[str]) -> list[str]:
 
 
 def _single(name: str, values: list[str]) -> str:
+    if not values:
+        raise InputError(f"--{name}: its value is missing")
     if len(values) != 1:
-        raise InputError(
-            f"--{name}: expected one value, got {len(values)}: {' '.join(values)}".rstrip(": ")
-        )
+        raise InputError(f"--{name}: expected one value, got {len(values)}: {' '.join(values)}")
     return values[0]
 
 
@@ -151,9 +151,9 @@ def _config_file(text: str) -> Path:
     packaged = as_path(f"{PACKAGED}/{bare}.yaml")
     if re.fullmatch(r"[\w-]+", bare) and packaged.is_file():
         return packaged
-    nearest = difflib.get_close_matches(bare, packaged_configs(), n=1, cutoff=0.0)
-    hint = f"; the nearest packaged config is {nearest[0]}" if nearest else ""
-    raise InputError(f"--config: no such file: {text}{hint}")
+    nearest = difflib.get_close_matches(bare, packaged_configs(), n=1)
+    hint = f"the nearest packaged one is {nearest[0]}" if nearest else "--help lists packaged ones"
+    raise InputError(f"--config: no such file: {text}; {hint}")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -179,6 +179,10 @@ def _check_file(config_class: type, path: Path) -> None:
     if not isinstance(content, Mapping):
         kind = "nothing" if content is None else f"a {type(content).__name__}"
         raise InputError(f"{path}: expected a mapping of option names to values, found {kind}")
+    unknown = [str(key) for key in content if key not in typing.get_type_hints(config_class)]
+    if len(unknown) > 1 and len(unknown) * 2 > len(content):
+        some = ", ".join(unknown[:3])
+        raise InputError(f"{path}: is for another command: unknown keys {some}; --help has all")
     _check_keys(config_class, config_class, content, path, "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
 INPUT_PATHS = {"path", "prompts", "images"}
 MODELS = {"model", "adapter", "base_adapter", "teacher"}
 OUTPUT_PATHS = {"output_dir", "output", "cache_dir"}
+_WRITE_FOLDERS = (GenerateConfig, PairsBuildConfig)  # other commands' `output` may be a file
 PREVIEW_ROWS = 64
 """Pairs looked at before training; the rest follows when the pipeline reads them all."""
 
@@ -123,7 +125,8 @@ def check_config(config: object) -> None:
         elif isinstance(value, str) and leaf in MODELS:
             _check_model(name, value)
         elif isinstance(value, str) and leaf in OUTPUT_PATHS:
-            _check_output(name, value)
+            is_file = leaf == "output" and not isinstance(config, _WRITE_FOLDERS)
+            _check_output(name, value, is_file=is_file)
     shard, num_shards = getattr(config, "shard", 0), getattr(config, "num_shards", 1)
     if shard >= num_shards:
         raise InputError(f"shard: {shard} must be below num_shards, which is {num_shards}")
@@ -169,14 +172,18 @@ def _check_model(name: str, value: str) -> None:
         raise InputError(f"{name}: no such file or folder: {value}")
 
 
-def _check_output(name: str, value: str) -> None:
+def _check_output(name: str, value: str, *, is_file: bool) -> None:
     path = as_path(value).absolute()
     existing = next(p for p in (path, *path.parents) if p.exists())
-    inside = name.rpartition(".")[2] != "output"  # `output` may be a file that is replaced
-    if not existing.is_dir() and (inside or existing != path):
+    if not existing.is_dir() and not (is_file and existing == path):
         raise InputError(f"{name}: {existing} is a file, so {value} cannot be created")
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"{name}: {existing} is not writable, so {value} cannot be created")
+    folder = existing if existing.is_dir() else existing.parent
+    try:  # permissions do not tell: root passes them, and file systems have rules of their own
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problem = f"{folder} is not writable ({error.strerror}), so {value} cannot be created"
+        raise InputError(f"{name}: {problem}") from error
 
 
 def _check_resume(config: TrainConfig) -> None:

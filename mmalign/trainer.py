@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
-from mmalign.accelerator import SIGTERM_EXIT_CODE, StopSignal, make_accelerator, tracking
+from mmalign.accelerator import StopSignal, make_accelerator, tracking
 from mmalign.accumulation import Measured, accumulate
 from mmalign.config import TrainConfig
 from mmalign.metrics_log import MetricsLog
@@ -66,8 +66,8 @@ class Trainer:
 
     Only trainable parameters are optimized and saved. In a distributed run the caller prepares the
     module with `accelerator.prepare_model`, so that `step` runs the wrapped one, and gives each
-    process its own `batches`. After SIGTERM the run is saved at the end of the step and exits with
-    code 143.
+    process its own `batches`. After SIGTERM or Ctrl-C the run is saved at the end of the step and
+    exits with code 143 or 130.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Trainer:
             InputError: a checkpoint cannot be used or written, the output folder holds another run,
                 a loss or gradient is not finite under `on_nan: stop`, a reward fails, or there is
                 nothing to learn. The weights of the last good step are saved.
-            SystemExit: code 143 after SIGTERM.
+            SystemExit: code 143 after SIGTERM, 130 after Ctrl-C.
         """
         config = self._config
         start = step = self._state.resume()
@@ -280,8 +280,9 @@ class Trainer:
         if due or stop or step == config.max_steps or self._state.finished:
             self._save(step)
         if stop:
-            logger.warning("SIGTERM: saved %s, stopping", self._state.last_path)
-            raise SystemExit(SIGTERM_EXIT_CODE)
+            path = self._state.last_path
+            logger.warning("saved %s; --resume_from_checkpoint latest goes on from there", path)
+            raise SystemExit(self._stop.exit_code)
 
     def _save(self, step: int) -> None:
         if self._log is not None:

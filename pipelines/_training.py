@@ -6,6 +6,7 @@ with the base and report are wired here.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmalign.accelerator import make_accelerator
-from mmalign.adapters import load_adapter
-from mmalign.config import RunConfig, dump_config
+from mmalign.adapters import load_adapter, no_file_bars
+from mmalign.checkpoint import list_checkpoints
+from mmalign.config import RunConfig, changed_options, dump_config
 from mmalign.data.files import write_bytes
 from mmalign.data.order import BatchPlan
 from mmalign.lora import attach_lora, save_lora
@@ -44,6 +46,13 @@ from mmalign.training_state import Stateful
 from mmalign.types import ImageAdapter, InputError, StepOutput
 
 Step = Callable[[Any], StepOutput]
+MAY_CHANGE = {
+    *("output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit"),
+    *("logging_steps", "report_to", "num_workers", "device", "offline", "evaluation"),
+    *("eval_pairs", "generation", "num_answers", "image_cache_mib", "cache_dir"),
+}
+"""Options that a continued run may have changed without another result being expected."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +135,7 @@ def train_and_compare(
             f"{' and '.join(families)}"
         )
     resolved = dump_config(config)
+    changes = changed_since(output, resolved)
     write_bytes(output / "config.yaml", resolved.encode())
     before = sample_side(adapter, config.evaluation, config.sampling, "sample base")
     job = set_up(adapter, accelerator)
@@ -165,7 +175,7 @@ def train_and_compare(
         wall_seconds=time.monotonic() - started,
         device=str(accelerator.device),
         config=resolved,
-        warnings=[*result.warnings, *curve.notes(result.step)],
+        warnings=[*changes, *result.warnings, *curve.notes(result.step)],
         cost=job.run.meter.cost(),
         lora=config.lora.enabled,
     )
@@ -201,6 +211,23 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     )
 
 
+def changed_since(output: Path, resolved: str) -> list[str]:
+    """Say which options a continued run does not have from its beginning."""
+    file = output / "config.yaml"
+    if not (file.exists() and list_checkpoints(output / "checkpoints")):
+        return []
+    changes = [
+        change
+        for change in changed_options(file.read_text(encoding="utf-8"), resolved)
+        if change.partition(":")[0].partition(".")[0] not in MAY_CHANGE
+    ]
+    if not changes:
+        return []
+    note = f"continues with other options than it began with: {'; '.join(changes)}"
+    logger.warning("%s %s", output, note)
+    return [note]
+
+
 def _curve(config: RunConfig, run: Run, judges: Judges, before: Tensor | None) -> Curve:
     """Make what evaluates along training; early stopping belongs in the checkpoint."""
     curve = Curve(
@@ -231,4 +258,5 @@ def _save(config: RunConfig, adapter: Any, output: Path) -> None:
         save_lora(adapter.denoiser, output / "adapter")
     else:
         complete = adapter.complete_pipeline(adapter.denoiser)
-        complete.save_pretrained(output / "model", safe_serialization=True)
+        with no_file_bars():
+            complete.save_pretrained(output / "model", safe_serialization=True)

@@ -42,7 +42,9 @@ def _kohya(adapter: str, output: Path) -> None:
 
 
 def _merged(config: ExportConfig, output: Path) -> None:
-    from mmalign.adapters import load_adapter
+    from mmalign.adapters import load_adapter, no_file_bars
     from mmalign.lora_export import export_merged
 
-    export_merged(load_adapter(config, device="cpu", for_training=False), output)
+    adapter = load_adapter(config, device="cpu", for_training=False)
+    with no_file_bars():
+        export_merged(adapter, output)

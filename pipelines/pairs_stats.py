@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from mmalign.config import PairsConfig, VlmPairsConfig
-from mmalign.data.readers import PairTable, read_pairs
+from mmalign.config import VlmPairsConfig
+from mmalign.data.detect import open_source
+from mmalign.data.readers import PairTable, Scan, scan
 from mmalign.data.stats import PairStats, pair_stats, plot_gaps
-from mmalign.data.vlm_readers import VlmPairTable, read_vlm_pairs
-from mmalign.data.vlm_source import has_answers
+from mmalign.data.vlm_readers import VlmPairTable, VlmScan, scan_vlm
+from mmalign.data.vlm_source import has_answers, open_vlm_source
+from mmalign.types import InputError
 
 if TYPE_CHECKING:
     from mmalign.config import PairsCheckConfig
@@ -19,11 +21,19 @@ if TYPE_CHECKING:
 def run(config: PairsCheckConfig) -> None:
     """Print counts and gap quantiles, and write the histogram of gaps.
 
+    Every image is decoded, so that the bad rows are those of `pairs validate`.
+
     Raises:
-        InputError: if the pairs cannot be found or the picture cannot be written.
+        InputError: if the pairs cannot be found, there are no rows, or the picture cannot be
+            written.
     """
-    table = _table(config)
-    stats = pair_stats(table)
+    found = _scan(config)
+    if not found.rows:
+        raise InputError(f"{config.path} has no rows")
+    if isinstance(found, VlmScan):
+        stats = pair_stats(VlmPairTable(found.pairs, found.bad_rows, found.ties))
+    else:
+        stats = pair_stats(PairTable(found.pairs, found.bad_rows, found.ties))
     tqdm.write(stats_text(stats))
     if stats.gaps:
         plot_gaps(stats.gaps, config.output)
@@ -32,16 +42,13 @@ def run(config: PairsCheckConfig) -> None:
         tqdm.write("no pair has scores or a margin: there is no histogram to draw")
 
 
-def _table(config: PairsCheckConfig) -> PairTable | VlmPairTable:
-    common: dict[str, Any] = {
-        "path": config.path,
-        "format": config.format,
-        "max_pixels": config.max_pixels,
-        "on_bad_row": "skip",
-    }
+def _scan(config: PairsCheckConfig) -> Scan | VlmScan:
     if has_answers(config.path, config.format):
-        return read_vlm_pairs(VlmPairsConfig(**common, images=config.images))
-    return read_pairs(PairsConfig(**common))
+        answers = open_vlm_source(config.path, config.format, config.images)
+        limit = VlmPairsConfig().max_images
+        return scan_vlm(answers, max_pixels=config.max_pixels, max_images=limit, full=True)
+    source = open_source(config.path, config.format)
+    return scan(source, max_pixels=config.max_pixels, full=True)
 
 
 def stats_text(stats: PairStats) -> str:

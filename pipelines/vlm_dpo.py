@@ -14,13 +14,14 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mmalign.accelerator import make_accelerator
-from mmalign.adapters import load_vlm
+from mmalign.adapters import load_vlm, no_file_bars
 from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import VlmDpoConfig, dump_config
 from mmalign.data.files import write_bytes
 from mmalign.data.order import BatchPlan, GroupedOrder, batch_indices
 from mmalign.data.vlm_readers import read_vlm_pairs
 from mmalign.objectives.vlm_rows import Preset, plan
+from mmalign.pipelines._training import changed_since
 from mmalign.pipelines._vlm_evaluation import HeldOut, VlmEvaluation
 from mmalign.pipelines._vlm_meter import VlmMeter
 from mmalign.pipelines._vlm_pairs import EncodedPairs, FeatureCache
@@ -62,7 +63,9 @@ def run(config: VlmDpoConfig) -> RunSummary:
     pairs = EncodedPairs(
         table.pairs, adapter, max_length=config.max_length, on_bad_row=config.pairs.on_bad_row
     )
-    write_bytes(output / "config.yaml", dump_config(config).encode())
+    resolved = dump_config(config)
+    changes = changed_since(output, resolved)
+    write_bytes(output / "config.yaml", resolved.encode())
     held_out = None if config.eval_pairs is None else HeldOut(adapter, config)
     job = _Job(config, adapter, accelerator, pairs, preset)
     # A LoRA that was just attached changes nothing, so this is the base, in the same precision.
@@ -86,7 +89,7 @@ def run(config: VlmDpoConfig) -> RunSummary:
         steps=result.step,
         wall_seconds=time.monotonic() - started,
         device=str(accelerator.device),
-        warnings=[*result.warnings, *job.notes()],
+        warnings=[*changes, *result.warnings, *job.notes()],
         cost=job.meter.cost(),
     )
     tqdm.write(f"report: {output / 'report.html'}")
@@ -229,7 +232,8 @@ def _save(config: VlmDpoConfig, adapter: VlmFamily, output: Path) -> None:
         save_vlm_lora(adapter.model, output / "adapter", config.model)
         return
     try:
-        adapter.model.save_pretrained(output / "model", safe_serialization=True)
-        adapter.chat.processor.save_pretrained(output / "model")
+        with no_file_bars():
+            adapter.model.save_pretrained(output / "model", safe_serialization=True)
+            adapter.chat.processor.save_pretrained(output / "model")
     except OSError as error:
         raise InputError(f"{output / 'model'}: cannot be written: {error}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmalign.accelerator import SIGTERM_EXIT_CODE, StopSignal
+from mmalign.accelerator import StopSignal
 from mmalign.data.files import write_bytes, writing
 from mmalign.data.images import encode_png
 from mmalign.data.labels import DATABASE, LabelGroup, LabelImage, Labels
@@ -101,7 +101,7 @@ class PeopleReward:
                 if len(tallies) > bar.n:  # not at every look: that would fill a log
                     bar.update(len(tallies) - bar.n)
                 if stop.requested:  # the trainer would only look after the step
-                    raise SystemExit(SIGTERM_EXIT_CODE)
+                    raise SystemExit(stop.exit_code)
                 time.sleep(POLL_SECONDS)
                 tallies = self.labels.tallies(keys, at_least=self.votes)
         return tallies

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -294,18 +296,33 @@ def test_wrong_yaml(
         (["--learning_rat", "1"], "unknown option --learning_rat; the nearest is --learning_rate"),
         (["--pairs.resolutio=1"], "unknown option --pairs.resolutio; the nearest is --pairs.resol"),
         (["--seed", "x"], "seed: expected int, got x"),
-        (["--seed"], "--seed: expected one value, got 0"),
+        (["--seed"], "--seed: its value is missing"),
         (["--seed", "1", "2"], "--seed: expected one value, got 2: 1 2"),
         (["--seed", "null"], "seed: expected int, got"),
         (["extra"], "unexpected argument 'extra'"),
         (["-s", "1"], "unexpected argument '-s'"),
-        (["--config", "absent"], "--config: no such file: absent; the nearest packaged config is"),
-        (["--config"], "--config: expected one value"),
+        (["--config", "absent"], "--config: no such file: absent; --help lists packaged ones"),
+        (
+            ["--config", "sd15_drat"],
+            "--config: no such file: sd15_drat; the nearest packaged",
+        ),
+        (["--config"], "--config: its value is missing"),
         (["--mixed_precision", "fp8"], "mixed_precision: expected one of 'no', 'fp16', 'bf16'"),
     ],
 )
 def test_wrong_flags(fails: Callable[..., str], flags: list[str], message: str) -> None:
     assert fails("train", "diffusion-dpo", *flags).startswith(message)
+
+
+def test_config_of_another_command(fails: Callable[..., str]) -> None:
+    message = "is for another command: unknown keys seeds, budget, curve_points; --help has all"
+    assert message in fails("train", "diffusion-dpo", "--config", "shapes_compare")
+
+
+@pytest.mark.parametrize("command", ["validate", "stats"])
+def test_path_of_pairs_may_stand_alone(command: str, received: list[Any], tmp_path: Path) -> None:
+    assert cli.main(["pairs", command, str(tmp_path)]) == 0
+    assert received[0].path == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -352,11 +369,21 @@ def test_shard_must_exist(tmp_path: Path, fails: Callable[..., str]) -> None:
 def test_output_folder_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    def refuse(dir: Path) -> None:  # root may write anywhere
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     flags = ["--model", str(tmp_path), "--output", str(tmp_path / "new" / "images")]
     assert fails("generate", *flags) == (
-        f"output: {tmp_path} is not writable, so {tmp_path}/new/images cannot be created"
+        f"output: {tmp_path} is not writable (Read-only file system),"
+        f" so {tmp_path}/new/images cannot be created"
     )
+
+
+def test_output_folder_that_is_a_file(tmp_path: Path, fails: Callable[..., str]) -> None:
+    (file := tmp_path / "images").touch()
+    flags = ["--model", str(tmp_path), "--output", str(file)]
+    assert fails("generate", *flags) == f"output: {file} is a file, so {file} cannot be created"
 
 
 @pytest.mark.parametrize(

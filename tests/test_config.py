@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import subprocess
 import sys
 import typing
@@ -10,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 import yaml
 
 from mmalign import config
-from mmalign.config import as_path, dump_config
+from mmalign.config import as_path, changed_options, dump_config
 
 CONFIGS = [
     value
@@ -24,11 +24,11 @@ CONFIGS = [
 
 
 def documented(config_class: type) -> set[str]:
-    """Collect the attributes that a class and its bases describe."""
+    """Collect the attributes that a class and its bases describe, as the help reads them."""
     names: set[str] = set()
-    for base in config_class.__mro__:
-        _, _, attributes = (inspect.getdoc(base) or "").partition("Attributes:")
-        names |= set(re.findall(r"^\s{4}(\w+): ", attributes, re.MULTILINE))
+    for base in filter(dataclasses.is_dataclass, config_class.__mro__):
+        text = docstring_parser.parse(base.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
+        names |= {option.arg_name for option in text.params if option.description}
     return names
 
 
@@ -96,3 +96,17 @@ def test_paths() -> None:
 def test_importing_config_is_light() -> None:
     code = "import sys, mmalign.config; sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_changed_options_are_named_with_both_values() -> None:
+    before = config.DiffusionDpoConfig(beta=5000.0, report_to=["tensorboard"])
+    after = dataclasses.replace(
+        before, beta=500.0, lora=config.LoraConfig(rank=4), curriculum=config.CurriculumConfig()
+    )
+    assert changed_options(dump_config(before), dump_config(before)) == []
+    assert changed_options("a: {b: 1, c: [1]}", "a: {b: 2, c: [1]}\nd: x") == [
+        "a.b: 1 -> 2",
+        "d: absent -> x",
+    ]
+    changes = changed_options(dump_config(before), dump_config(after))
+    assert {"beta: 5000.0 -> 500.0", "lora.rank: 8 -> 4"} < set(changes)

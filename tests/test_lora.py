@@ -401,7 +401,7 @@ def test_unwritable_targets(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         save_lora(adapter.denoiser, tmp_path / "file")
     save_lora(adapter.denoiser, tmp_path / "adapter")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match=r"^cannot write .*(Not a directory|File exists)$"):
         export_kohya(tmp_path / "adapter", tmp_path / "file" / "x.safetensors")
     kohya = export_kohya(tmp_path / "adapter", tmp_path / "kohya.safetensors")
     with pytest.raises(InputError, match="other keys than PEFT's"):

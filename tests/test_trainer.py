@@ -230,30 +230,67 @@ def test_killed_inside_a_save_and_resumed_is_bitwise_equal(
     assert outcome(tmp_path) == uninterrupted
 
 
-def test_sigterm_saves_and_exits_143(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_and_exits(
+    number: int, code: int, tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
     def attempt() -> None:
         def terminate(step: int) -> None:
             if step == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
         Toy(make_config(tmp_path), on_step=terminate).trainer.train()
 
-    assert in_child(attempt) == 143
+    assert in_child(attempt) == code
     assert (tmp_path / "checkpoints" / "checkpoint-6").is_dir()
     assert in_child(lambda: Toy(make_config(tmp_path)).trainer.train()) == 0
     assert outcome(tmp_path) == uninterrupted
 
 
-def test_sigterm_handler_is_restored(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_second_interrupt_is_at_once(tmp_path: Path) -> None:
+    def interrupt(step: int) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Toy(make_config(tmp_path), on_step=interrupt).trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_handler_is_restored(number: int, tmp_path: Path) -> None:
+    before = signal.signal(number, lambda number, frame: None)
+    mine = signal.getsignal(number)
     during: list[object] = []
     toy = Toy(
         make_config(tmp_path, max_steps=1),
-        on_step=lambda step: during.append(signal.getsignal(signal.SIGTERM)),
+        on_step=lambda step: during.append(signal.getsignal(number)),
     )
-    toy.trainer.train()
-    assert during[0] != before
-    assert signal.getsignal(signal.SIGTERM) == before
+    try:
+        toy.trainer.train()
+        assert during[0] != mine
+        assert signal.getsignal(number) == mine
+    finally:
+        signal.signal(number, before)
+
+
+def test_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    during: list[object] = []
+    toy = Toy(
+        make_config(tmp_path, max_steps=1),
+        on_step=lambda step: during.append(signal.getsignal(signal.SIGINT)),
+    )
+    try:
+        toy.trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert during == [signal.SIG_IGN]
 
 
 def test_resume_does_not_repeat_or_skip_data(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
-from mmalign.adapters._diffusers import DiffusersAdapter
+from mmalign.adapters._diffusers import DiffusersAdapter, no_file_bars
 from mmalign.adapters._source import FamilyName, find_model
 from mmalign.adapters.lcm import LatentConsistencyAdapter
 from mmalign.adapters.sd import StableDiffusionAdapter
@@ -17,7 +18,9 @@ from mmalign.lora import fold_lora, load_lora
 if TYPE_CHECKING:
     from mmalign.adapters._vlm import VlmFamily
 
-__all__ = ["DiffusersAdapter", "load_adapter", "load_vlm"]
+__all__ = ["DiffusersAdapter", "load_adapter", "load_vlm", "no_file_bars"]
+
+logger = logging.getLogger(__name__)
 
 _FAMILIES: dict[FamilyName, type[DiffusersAdapter]] = {
     "sd": StableDiffusionAdapter,
@@ -41,6 +44,7 @@ def load_adapter(
         InputError: model or LoRA do not exist, are damaged, pickled, of an unsupported kind, or do
             not fit together.
     """
+    logger.info("loading %s", config.model)
     trains_everything = for_training and isinstance(config, RunConfig) and not config.lora.enabled
     source = find_model(config, trains_everything=trains_everything)
     adapter = _FAMILIES[source.family].load(source, torch.device(device))
@@ -71,6 +75,7 @@ def load_vlm(
     from mmalign.adapters.qwen_vl import QwenVlAdapter
     from mmalign.vlm_lora import load_vlm_lora
 
+    logger.info("loading %s", config.model)
     source = find_vlm(config)
     family = {"llava": LlavaAdapter, "qwen_vl": QwenVlAdapter}[source.family]
     adapter: VlmFamily = family.load(source, torch.device(device))

@@ -305,7 +305,7 @@ def from_pretrained(
     """
     loader: Any = pipeline_class
     try:
-        with _no_loading_bars():
+        with no_file_bars():
             return cast(
                 DiffusionPipeline,
                 loader.from_pretrained(
@@ -342,8 +342,8 @@ def _prediction_type(source: ModelSource, scheduler: Any) -> PredictionType:
 
 
 @contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Hide the bars over a handful of files that come with every load."""
+def no_file_bars() -> Iterator[None]:
+    """Hide the bars over a handful of files that come with every load and save."""
     switches = [diffusers.utils.logging, transformers.utils.logging]
     enabled = [switch for switch in switches if switch.is_progress_bar_enabled()]
     for switch in enabled:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from mmalign.config import ModelConfig, as_path
 from mmalign.types import InputError
@@ -130,9 +132,15 @@ def _hub_config(
 ) -> dict[str, Any]:
     loader: Any = DiffusionPipeline if subfolder is None else UNet2DConditionModel
     try:
-        return cast(dict[str, Any], loader.load_config(location, subfolder=subfolder, **hub))
+        with warnings.catch_warnings():
+            # diffusers passes the hub library an argument that it no longer takes
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            return cast(dict[str, Any], loader.load_config(location, subfolder=subfolder, **hub))
     except (OSError, ValueError) as error:
-        where = "in the local cache" if config.offline else "on the hub"
+        where = "on the hub"
+        if config.offline or HF_HUB_OFFLINE:
+            why = "offline" if config.offline else "HF_HUB_OFFLINE"
+            where = f"in the hub's local cache ({why})"
         raise InputError(
             f"{config.model}: neither a local folder nor found {where}: {first_line(error)}"
         ) from error

@@ -23,6 +23,7 @@ from mmalign.adapters._answers import (
 )
 from mmalign.adapters._branches import AnswerScorer
 from mmalign.adapters._chat import Chat, Prefix
+from mmalign.adapters._diffusers import no_file_bars
 from mmalign.adapters._packing import Layout, Sharing
 from mmalign.adapters._vlm_source import VlmSource, first_line
 from mmalign.config import GenerationConfig
@@ -89,17 +90,17 @@ class VlmFamily(ABC):
             InputError: the files are damaged or do not fit together.
         """
         try:
-            transformers.utils.logging.disable_progress_bar()
-            processor = transformers.AutoProcessor.from_pretrained(
-                source.location, **source.options
-            )
-            model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-                source.location,
-                dtype=source.dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                **source.options,
-            )
+            with no_file_bars():
+                processor = transformers.AutoProcessor.from_pretrained(
+                    source.location, **source.options
+                )
+                model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+                    source.location,
+                    dtype=source.dtype,
+                    attn_implementation="sdpa",
+                    use_safetensors=True,
+                    **source.options,
+                )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{source.name}: cannot be loaded: {first_line(error)}") from error
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_token"):

@@ -13,6 +13,7 @@ from mmalign.config.compare import (
 )
 from mmalign.config.files import (
     as_path,
+    changed_options,
     dump_config,
 )
 from mmalign.config.jobs import (
@@ -131,5 +132,6 @@ __all__ = [
     "VlmPairsConfig",
     "VlmPairsFormat",
     "as_path",
+    "changed_options",
     "dump_config",
 ]

@@ -108,7 +108,7 @@ class ScoreConfig:
         reward: reward names, repeated for several.
         images: folder of images.
         prompts: prompt file: one line per image in sorted order, or .jsonl with `file_name`,
-        `prompt`.
+            `prompt`.
         output: parquet file.
         batch_size: images scored at a time.
         options: keyword arguments per reward name.

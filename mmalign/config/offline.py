@@ -36,7 +36,7 @@ class DiffusionDpoConfig(OfflineConfig):
     Attributes:
         beta: strength of the pull to the reference, in units of one over a mean squared error.
         beta_convention: `salesforce` multiplies the error difference by beta / 2, `diffusers` by
-        beta.
+            beta.
         min_timestep: smallest scheduler timestep trained at. Raise it where pairs differ in what is
             in the picture rather than in how it is finished.
         max_timestep: largest one; the schedule's last when omitted.

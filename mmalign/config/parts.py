@@ -310,7 +310,7 @@ class EvalConfig:
 
     Attributes:
         prompts: file with one prompt per line (or .jsonl with `prompt`); no evaluation when
-        omitted.
+            omitted.
         num_prompts: use only the first so many prompts.
         images_per_prompt: images per prompt and model, each with its own seed.
         rewards: rewards to report for both models.

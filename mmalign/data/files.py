@@ -220,7 +220,7 @@ def _parse(line: bytes) -> dict[str, Any] | RowError:
     except UnicodeDecodeError:
         return RowError("the line is not UTF-8")
     except json.JSONDecodeError as error:
-        return RowError(f"the line is not JSON: {error.msg} at column {error.colno}")
+        return RowError(f"the line is not JSON, from column {error.colno}: {error.msg}")
     except (ValueError, RecursionError) as error:
         return RowError(f"the line is not usable JSON: {str(error)[:80]}")
     if not isinstance(record, dict):

@@ -152,14 +152,18 @@ def require(present: Iterable[str], columns: Iterable[str]) -> None:
     """Check that columns or keys are there.
 
     Raises:
-        RowError: naming the missing one and the nearest that is present.
+        RowError: naming the missing one, and the nearest that is present or else all of them.
     """
     names = [str(name) for name in present]
     for column in columns:
         if column not in names:
-            nearest = difflib.get_close_matches(column, names, n=1, cutoff=0.0)
-            hint = f"; the nearest present is {nearest[0]!r}" if nearest else "; there are none"
-            raise RowError(f"{column!r} is missing{hint}")
+            nearest = difflib.get_close_matches(column, names, n=1)
+            hint = f"the nearest present is {nearest[0]!r}" if nearest else _listed(names)
+            raise RowError(f"{column!r} is missing; {hint}")
+
+
+def _listed(names: list[str]) -> str:
+    return f"there are {', '.join(map(repr, names[:8]))}" if names else "there are none"
 
 
 def _margin(margin: float | None, chosen: float | None, rejected: float | None) -> float | None:

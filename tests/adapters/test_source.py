@@ -123,11 +123,16 @@ def test_the_denoiser_decides_the_family(copied: Path, tiny_lcm: Path, tmp_path:
 def test_offline_never_contacts_a_hub() -> None:
     fails(
         ModelConfig(model="someone/some-model", offline=True),
-        "someone/some-model: neither a local folder nor found in the local cache",
+        "someone/some-model: neither a local folder nor found in the hub's local cache .offline",
     )
 
 
-def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("offline", "where"), [(False, "on the hub"), (True, r"in the hub's .* \(HF_HUB_OFFLINE\)")]
+)
+def test_hub_failure_is_one_line(
+    offline: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, Any] = {}
 
     def refuse(name: str, **options: Any) -> None:
@@ -135,9 +140,10 @@ def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no connection\nlong explanation")
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", refuse)
+    monkeypatch.setattr("mmalign.adapters._source.HF_HUB_OFFLINE", offline)
     fails(
         ModelConfig(model="someone/some-model", revision="main"),
-        "nor found on the hub: no connection$",
+        f"nor found {where}: no connection$",
     )
     assert asked == {
         "name": "someone/some-model",

@@ -223,6 +223,17 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_other_options_of_a_resumed_run_are_named(
+    tiny_sd: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train("diffusion-dpo", tiny_sd, pairs, tmp_path, beta=100.0)
+    more = {"max_steps": 4, "resume_from_checkpoint": "latest"}
+    train("diffusion-dpo", tiny_sd, pairs, tmp_path, beta=100.0, **more)
+    assert "other options" not in caplog.text
+    train("diffusion-dpo", tiny_sd, pairs, tmp_path, beta=50.0, **{**more, "max_steps": 5})
+    assert "continues with other options than it began with: beta: 100.0 -> 50.0" in caplog.text
+
+
 def test_reference_is_the_base_after_training(tiny_sd: Path, pairs: Path, tmp_path: Path) -> None:
     before = load_file(next((tiny_sd / "unet").glob("*.safetensors")))
     train("diffusion-dpo", tiny_sd, pairs, tmp_path)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mmalign.config import PairsCheckConfig
+from mmalign.data.validate import validate_pairs
 from mmalign.pipelines import pairs_stats
 
 
@@ -44,3 +45,15 @@ def test_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     pairs_stats.run(PairsCheckConfig(path=str(path), output=str(output)))
     assert "there is no histogram" in capsys.readouterr().out
     assert not output.exists()
+
+
+def test_bad_rows_are_those_of_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make(tmp_path, [1.0, 2.0])
+    Image.effect_noise((32, 32), 50).save(tmp_path / "0c.png")
+    whole = (tmp_path / "0c.png").read_bytes()
+    (tmp_path / "0c.png").write_bytes(whole[: len(whole) // 2])  # the header is intact
+    pairs_stats.run(PairsCheckConfig(path=str(path), output=str(tmp_path / "gaps.png")))
+    assert "pairs     1\n" in (out := capsys.readouterr().out)
+    assert "bad rows  2 " in out
+    report = validate_pairs(str(path), max_pixels=10**6)
+    assert len(report.bad_rows) == 2
