@@ -49,6 +49,7 @@ Step = Callable[[Any], StepOutput]
 MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit"),
     *("logging_steps", "report_to", "num_workers", "device", "offline", "evaluation"),
+    *("eval_pairs", "generation", "num_answers", "image_cache_mib", "cache_dir"),
 }
 """Options that a continued run may have changed without another result being expected."""
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def train_and_compare(
             f"{' and '.join(families)}"
         )
     resolved = dump_config(config)
-    changes = _changed_since(output, resolved)
+    changes = changed_since(output, resolved)
     write_bytes(output / "config.yaml", resolved.encode())
     before = sample_side(adapter, config.evaluation, config.sampling, "sample base")
     job = set_up(adapter, accelerator)
@@ -210,7 +211,7 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     )
 
 
-def _changed_since(output: Path, resolved: str) -> list[str]:
+def changed_since(output: Path, resolved: str) -> list[str]:
     """Say which options a continued run does not have from its beginning."""
     file = output / "config.yaml"
     if not (file.exists() and list_checkpoints(output / "checkpoints")):

@@ -8,7 +8,9 @@ import pytest
 
 from mmalign import config as options
 from mmalign.config import as_path
+from mmalign.objectives.vlm_rows import plan
 from mmalign.options import packaged_configs, parse_options
+from mmalign.pipelines._vlm_preset import resolve_preset
 
 CLASSES = {
     "curriculum_dpo": options.CurriculumDpoConfig,
@@ -26,13 +28,16 @@ CLASSES = {
     "compare": options.CompareConfig,
     "pairs": options.PairsBuildConfig,
     "lcm_pairs": options.PairsBuildConfig,
+    "vlm_dpo": options.VlmDpoConfig,
+    "tars": options.VlmDpoConfig,
 }
+VLM_FAMILIES = ("llava15", "qwen25vl")
 
 
 @pytest.mark.parametrize("name", packaged_configs())
 def test_configuration_parses(name: str) -> None:
     family, _, rest = name.partition("_")
-    assert family in ("shapes", "sd15", "sdxl", "lcm")
+    assert family in ("shapes", "sd15", "sdxl", "lcm", *VLM_FAMILIES)
     config = parse_options(CLASSES[rest], ["--config", name], command="x")
     # Real checkpoints are hub ids; Shapes world's are folders inside the package.
     if rest != "compare":  # which names configurations of methods, each with its model
@@ -65,7 +70,19 @@ def test_online_training_never_sees_the_judge_or_the_held_out_prompts() -> None:
         assert Path(config.prompts).name == "train.txt"
 
 
-@pytest.mark.parametrize("name", [n for n in packaged_configs() if not n.startswith("shapes_")])
+@pytest.mark.parametrize("name", [n for n in packaged_configs() if n.startswith(VLM_FAMILIES)])
+def test_presets_of_configurations_exist(name: str) -> None:
+    config = parse_options(options.VlmDpoConfig, ["--config", name], command="x")
+    preset = resolve_preset(config)
+    assert (config.clip_model is not None) == any(
+        r.text == "perturbed" for r in plan(preset).policy
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in packaged_configs() if not n.startswith(("shapes_", *VLM_FAMILIES))],
+)
 def test_real_checkpoints_are_not_scored_by_the_reward_of_shapes_world(name: str) -> None:
     family, _, rest = name.partition("_")
     config = parse_options(CLASSES[rest], ["--config", name], command="x")

@@ -65,10 +65,21 @@ from mmalign.config.parts import (
     SamplingConfig,
     TrainConfig,
 )
+from mmalign.config.vlm import (
+    LANGUAGE_TARGETS,
+    GenerationConfig,
+    VlmDpoConfig,
+    VlmFamily,
+    VlmLoraConfig,
+    VlmModelConfig,
+    VlmPairsConfig,
+    VlmPairsFormat,
+)
 
 __all__ = [
     "ATTENTION_TARGETS",
     "EVALUATION_SEED",
+    "LANGUAGE_TARGETS",
     "TRAIN_CONFIGS",
     "BudgetConfig",
     "BudgetUnit",
@@ -88,6 +99,7 @@ __all__ = [
     "ExportConfig",
     "Family",
     "GenerateConfig",
+    "GenerationConfig",
     "LoraConfig",
     "LossType",
     "MapoConfig",
@@ -113,6 +125,12 @@ __all__ = [
     "TailorpoConfig",
     "TrainConfig",
     "TrajectoryConfig",
+    "VlmDpoConfig",
+    "VlmFamily",
+    "VlmLoraConfig",
+    "VlmModelConfig",
+    "VlmPairsConfig",
+    "VlmPairsFormat",
     "as_path",
     "changed_options",
     "dump_config",

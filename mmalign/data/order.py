@@ -74,6 +74,32 @@ def batch_indices(step: int, *, size: int, batch_size: int, seed: Key) -> list[i
     return [_permutation(size, seed, p // size)[p % size] for p in positions]
 
 
+class GroupedOrder:
+    """Samples in random order, those of a group one after the other.
+
+    Groups come in a fresh permutation per epoch and keep the order of their samples; a batch may
+    end within one.
+    """
+
+    def __init__(self, groups: Sequence[str], seed: Key) -> None:
+        """Name the group of each sample."""
+        self._members: dict[str, list[int]] = {}
+        for index, group in enumerate(groups):
+            self._members.setdefault(group, []).append(index)
+        self._size, self._seed = len(groups), seed
+
+    def batch(self, step: int, batch_size: int) -> list[int]:
+        """List the samples of batch number `step`, counted from 0; as `batch_indices`."""
+        positions = range(step * batch_size, (step + 1) * batch_size)
+        orders = {epoch: self._order(epoch) for epoch in {p // self._size for p in positions}}
+        return [orders[p // self._size][p % self._size] for p in positions]
+
+    def _order(self, epoch: int) -> list[int]:
+        groups = list(self._members.values())
+        order = _permutation(len(groups), self._seed, epoch)
+        return [index for group in order for index in groups[group]]
+
+
 class StepSampler(Sampler[list[StepIndex]]):
     """A batch sampler in random order, with a fresh permutation per epoch.
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
 
-from mmalign.data.order import BatchPlan, StepSampler, batch_indices
+from mmalign.data.order import BatchPlan, GroupedOrder, StepSampler, batch_indices
 from mmalign.types import InputError
 
 
@@ -83,3 +84,16 @@ def test_processes_share_each_step_without_overlap() -> None:
     step_zero = [index for run in shared for batch in run[:2] for _, index in batch]
     assert sorted(step_zero) == sorted(flat(alone[:4]))
     assert len(set(step_zero)) == 8
+
+
+def test_grouped_order_keeps_groups_together_and_every_sample_once() -> None:
+    groups = ["a", "b", "a", "c", "b", "a"]
+    order = GroupedOrder(groups, seed=3)
+    for epoch in range(3):
+        found = [i for step in range(3) for i in order.batch(3 * epoch + step, 2)]
+        assert sorted(found) == list(range(6))
+        runs = [groups[i] for i in found]
+        assert sum(a != b for a, b in itertools.pairwise(runs)) == 2
+    firsts = {tuple(order.batch(epoch, 6)) for epoch in range(8)}
+    assert len(firsts) > 1
+    assert order.batch(1, 4) == [*order.batch(0, 6)[4:], *order.batch(1, 6)[:2]]
