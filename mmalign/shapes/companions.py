@@ -26,9 +26,9 @@ COMPANIONS: dict[ObjectName, ObjectName] = {
 
 
 class Probe(NamedTuple):
-    """A yes/no question about the scene at `index` of a list, and whether yes is right."""
+    """A yes/no question about the scene at `scene_index` of a list, and whether yes is right."""
 
-    index: int
+    scene_index: int
     prompt: str
     truth: bool
 

@@ -18,20 +18,18 @@ _NOUN = (
     rf"(?P<shape>{'|'.join(SHAPES)}|object)"
 )
 _PLACE = f"(?P<place>{'|'.join(sorted(SPOTS, key=len, reverse=True))})"
-_QUESTIONS: dict[Asked, re.Pattern[str]] = {
-    asked: re.compile(pattern, re.IGNORECASE)
-    for asked, pattern in {
-        "presence": rf"Is there an? {_NOUN}(?: {_PLACE})?\?",
-        "shape": rf"What shape is the {_NOUN}(?: {_PLACE})?\?",
-        "color": rf"What color is the {_NOUN}(?: {_PLACE})?\?",
-        "size": rf"What size is the {_NOUN}(?: {_PLACE})?\?",
-        "place": rf"Where is the {_NOUN}\?",
-        "what": rf"What is {_PLACE}\?",
-        "count": r"How many objects are there\?",
-        "background": r"What color is the background\?",
-        "is": rf"Is the background (?P<ground>{'|'.join(BACKGROUNDS)})\?",
-    }.items()
+_PATTERNS: dict[Asked, str] = {
+    "presence": rf"Is there an? {_NOUN}(?: {_PLACE})?\?",
+    "shape": rf"What shape is the {_NOUN}(?: {_PLACE})?\?",
+    "color": rf"What color is the {_NOUN}(?: {_PLACE})?\?",
+    "size": rf"What size is the {_NOUN}(?: {_PLACE})?\?",
+    "place": rf"Where is the {_NOUN}\?",
+    "what": rf"What is {_PLACE}\?",
+    "count": r"How many objects are there\?",
+    "background": r"What color is the background\?",
+    "is": rf"Is the background (?P<ground>{'|'.join(BACKGROUNDS)})\?",
 }
+_QUESTIONS = {asked: re.compile(form, re.IGNORECASE) for asked, form in _PATTERNS.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

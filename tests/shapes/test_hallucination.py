@@ -107,7 +107,7 @@ def test_probes_are_half_there() -> None:
     assert sum(probe.truth for probe in probes) == 200
     for probe in probes:
         name = tuple(probe.prompt.removesuffix("?").split()[-2:])
-        there = {(item.color, item.shape) for item in scenes[probe.index].objects}
+        there = {(item.color, item.shape) for item in scenes[probe.scene_index].objects}
         assert (name in there) == probe.truth
     assert scene_set("held_out", 5, seed=3) == scenes[:5]
     assert scene_set("held_out", 5, seed=4) != scenes[:5]
