@@ -77,6 +77,11 @@ COMMANDS: dict[Words, Command] = {
     ("train", "rocm"): Command(
         "RocmConfig", "mmalign.pipelines.rocm:run", "ROCM: the same for consistency models"
     ),
+    ("train", "vlm-dpo"): Command(
+        "VlmDpoConfig",
+        "mmalign.pipelines.vlm_dpo:run",
+        "the DPO family on a vision-language model",
+    ),
     ("compare",): Command(
         "CompareConfig",
         "mmalign.pipelines.compare:run",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,8 +54,12 @@ class LoraFile:
     settings: dict[str, Any]
 
 
-def attach_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
+def attach_lora(
+    denoiser: nn.Module, config: LoraConfig, seed: int, *, within: str | None = None
+) -> None:
     """Freeze `denoiser` and add a trainable LoRA that changes nothing yet.
+
+    `within` names the part of the network whose layers may be targets; any when omitted.
 
     A is drawn from a normal distribution of standard deviation 1 / rank, keyed by (seed, layer),
     and B is 0, unless `config.init_from` names a LoRA to go on from. The LoRA is float32 whatever
@@ -67,12 +72,12 @@ def attach_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
         raise InputError(
             f"lora: rank and alpha must be positive, got {config.rank}, {config.alpha}"
         )
-    _check_targets(denoiser, config.targets)
+    _check_targets(denoiser, config.targets, within)
     denoiser.requires_grad_(False)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=cast(int, config.rank if config.alpha is None else config.alpha),
-        target_modules=list(config.targets),
+        target_modules=_target_pattern(config.targets, within),
         init_lora_weights="gaussian",
     )
     try:
@@ -201,11 +206,19 @@ def _module_names(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted({name.split(".lora_")[0] for name in tensors})
 
 
-def _check_targets(denoiser: nn.Module, targets: list[str]) -> None:
+def _target_pattern(targets: list[str], within: str | None) -> list[str] | str:
+    """Return what peft matches module names with: suffixes, or one regular expression."""
+    if within is None:
+        return list(targets)
+    endings = "|".join(map(re.escape, targets))
+    return rf"{re.escape(within)}\.(.*\.)?({endings})"
+
+
+def _check_targets(denoiser: nn.Module, targets: list[str], within: str | None) -> None:
     usable = [
         name
         for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear | nn.Conv2d) and name.startswith(within or "")
     ]
     endings = dict.fromkeys(map(_ending, usable))
     for target in targets or ["(none given)"]:

@@ -18,6 +18,7 @@ from mmalign.config import (
     PairsBuildConfig,
     RunConfig,
     TrainConfig,
+    VlmDpoConfig,
     as_path,
 )
 from mmalign.types import InputError
@@ -48,18 +49,25 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "gradient_accumulation_steps": (1, _INF),
     "guidance_step_size": (0, _INF),
     "height": (8, _INF),
+    "image_cache_mib": (0, _INF),
     "images_per_prompt": (1, _INF),
     "kl_weight": (0, _INF),
     "label_smoothing": (0, 0.5),
     "learning_rate": (0, _INF),
     "limit": (1, _INF),
     "logging_steps": (1, _INF),
+    "logits_chunk": (1, _INF),
     "loser_cap": (0, _INF),
     "max_grad_norm": (0, _INF),
+    "max_images": (1, _INF),
+    "max_length": (1, _INF),
+    "max_new_tokens": (1, _INF),
     "max_pixels": (1, _INF),
     "max_steps": (1, _INF),
     "min_gap": (0, _INF),
     "num_buckets": (1, _INF),
+    "num_answers": (0, _INF),
+    "num_beams": (1, _INF),
     "num_ddim_timesteps": (1, _INF),
     "num_draws": (0, _INF),
     "num_inference_steps": (1, _INF),
@@ -82,7 +90,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "seeds": (1, _INF),
     "shard": (0, _INF),
     "stage_steps": (1, _INF),
+    "temperature": (0, _INF),
     "top_k": (2, _INF),
+    "top_p": (0, 1),
     "train_steps": (1, _INF),
     "warmup_steps": (0, _INF),
     "weight_decay": (0, _INF),
@@ -199,11 +209,21 @@ def _check_contents(config: object) -> None:
         _check_prompts(config.prompts)
     if isinstance(config, OnlineDpoConfig):
         _check_prompts(config.candidates.prompts)
+    elif isinstance(config, VlmDpoConfig):
+        _check_answers(config)
     elif isinstance(config, OfflineConfig) and config.pairs.on_bad_row == "stop":
         from mmalign.data.readers import read_pairs
 
         limit = min(config.pairs.limit or PREVIEW_ROWS, PREVIEW_ROWS)
         read_pairs(dataclasses.replace(config.pairs, limit=limit))
+
+
+def _check_answers(config: VlmDpoConfig) -> None:
+    from mmalign.data.vlm_readers import read_vlm_pairs
+
+    if config.pairs.on_bad_row == "stop":
+        limit = min(config.pairs.limit or PREVIEW_ROWS, PREVIEW_ROWS)
+        read_vlm_pairs(dataclasses.replace(config.pairs, limit=limit))
 
 
 def _check_prompts(path: str | None) -> None:

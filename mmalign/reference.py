@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmalign.config import LoraConfig, ReferenceConfig
-from mmalign.types import ImageAdapter, InputError
+from mmalign.types import ImageAdapter, InputError, VlmAdapter
 
 POLICY_NAME = "default"
 REFERENCE_NAME = "reference"
@@ -37,7 +37,7 @@ class Reference(ABC):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make the adapter's `predict` run the reference inside the block.
+        """Make the adapter run the reference inside the block.
 
         The policy, with its `requires_grad` flags, is back afterwards, also after an error.
         Gradients are the caller's business: use `torch.no_grad()` beside it.
@@ -91,14 +91,14 @@ class Reference(ABC):
 
 
 class _AdapterReference(Reference):
-    """The denoiser with the policy's LoRA off, or with another one in its place."""
+    """The network with the policy's LoRA off, or with another one in its place."""
 
-    def __init__(self, denoiser: nn.Module, config: ReferenceConfig) -> None:
+    def __init__(self, network: nn.Module, config: ReferenceConfig) -> None:
         self._moves = config.reference_update != "never"
         if self._moves:
-            _add_reference_lora(denoiser)
-        self._layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
-        super().__init__(config, _lora_tensors(denoiser) if self._moves else {})
+            _add_reference_lora(network)
+        self._layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+        super().__init__(config, _lora_tensors(network) if self._moves else {})
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
@@ -122,29 +122,48 @@ class _AdapterReference(Reference):
 
 
 class _CopyReference(Reference):
-    """A frozen copy of the whole denoiser, for full fine-tuning."""
+    """A frozen copy of the trained parts of the network, for full fine-tuning."""
 
-    def __init__(self, adapter: ImageAdapter, denoiser: nn.Module, config: ReferenceConfig) -> None:
-        self._adapter = adapter
-        self._copy = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        policy = dict(denoiser.named_parameters())
+    def __init__(
+        self, adapter: object, attribute: str, network: nn.Module, config: ReferenceConfig
+    ) -> None:
+        self._adapter, self._attribute = adapter, attribute
+        # What is frozen stays as it is, so both may use it.
+        shared = {id(p): p for p in network.parameters() if not p.requires_grad}
+        self._copy = copy.deepcopy(network, dict(shared)).eval().requires_grad_(False)
+        policy = dict(network.named_parameters())
         frozen = self._copy.named_parameters()
-        super().__init__(config, {name: (value, policy[name]) for name, value in frozen})
+        tracked: dict[str, tuple[Tensor, Tensor]] = {
+            name: (value, policy[name]) for name, value in frozen if value is not policy[name]
+        }
+        super().__init__(config, tracked)
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
-        policy = self._adapter.denoiser
-        self._adapter.denoiser = self._copy
+        policy = getattr(self._adapter, self._attribute)
+        setattr(self._adapter, self._attribute, self._copy)
         try:
             yield
         finally:
-            self._adapter.denoiser = policy
+            setattr(self._adapter, self._attribute, policy)
 
 
-def make_reference(adapter: ImageAdapter, lora: LoraConfig, config: ReferenceConfig) -> Reference:
+def make_reference(
+    adapter: ImageAdapter | VlmAdapter,
+    lora: LoraConfig,
+    config: ReferenceConfig,
+    *,
+    attribute: str = "denoiser",
+) -> Reference:
     """Make the reference of `adapter`: equal to the policy as it is now, for an untrained LoRA.
 
     Call it after `attach_lora` and before the first step.
+
+    Args:
+        adapter: the model.
+        lora: what is trained.
+        config: whether the reference moves.
+        attribute: where the adapter has the network that is trained.
 
     Raises:
         InputError: the options of a moving reference are out of range.
@@ -154,12 +173,13 @@ def make_reference(adapter: ImageAdapter, lora: LoraConfig, config: ReferenceCon
     if config.reference_update_steps < 1:
         steps = config.reference_update_steps
         raise InputError(f"reference_update_steps: must be at least 1, got {steps}")
-    denoiser = extract_model_from_parallel(adapter.denoiser)
+    network = extract_model_from_parallel(getattr(adapter, attribute))
     if not lora.enabled:
-        return _CopyReference(adapter, denoiser, config)
-    if POLICY_NAME not in getattr(denoiser, "peft_config", {}):
+        return _CopyReference(adapter, attribute, network, config)
+    carriers = [m for m in network.modules() if POLICY_NAME in getattr(m, "peft_config", {})]
+    if not carriers:
         raise ValueError("attach a LoRA before making its reference")
-    return _AdapterReference(denoiser, config)
+    return _AdapterReference(carriers[0], config)
 
 
 def _add_reference_lora(denoiser: nn.Module) -> None:

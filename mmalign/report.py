@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -21,6 +21,7 @@ from mmalign.plots import Panel, changes, panels
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 PACKAGES = (
@@ -112,6 +113,20 @@ class Comparison:
     outcome: str = ""
 
 
+Marked = Sequence[tuple[str, bool]]
+"""A text in pieces, each with whether it is marked as wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerComparison:
+    """What base and trained model say to one question about images."""
+
+    prompt: str
+    images: Sequence[Image]
+    before: Marked
+    after: Marked
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything `report.html` shows.
@@ -120,6 +135,7 @@ class Report:
         summary: the numbers.
         changes: metric -> 95 % interval of after - before.
         comparisons: pictures side by side; long lists are thinned evenly.
+        answers: answers side by side, all of them.
         metrics: lines of `metrics.jsonl`.
         curve: lines of `evaluations.jsonl`.
         rewards: names of the metrics in `curve` that are rewards.
@@ -130,6 +146,7 @@ class Report:
     summary: RunSummary
     changes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     comparisons: Sequence[Comparison] = ()
+    answers: Sequence[AnswerComparison] = ()
     metrics: Sequence[Mapping[str, float | None]] = ()
     curve: Sequence[Mapping[str, float | None]] = ()
     rewards: Sequence[str] = ()
@@ -180,19 +197,27 @@ def write_summary(folder: Path, summary: RunSummary) -> Path:
     return _write(folder / "summary.json", text + "\n")
 
 
-def write_model_card(folder: Path, summary: RunSummary, *, lora: bool = True) -> Path:
+def write_model_card(
+    folder: Path,
+    summary: RunSummary,
+    *,
+    lora: bool = True,
+    task: Literal["image", "vlm"] = "image",
+) -> Path:
     """Write `README.md`, the model card of what was trained.
 
     Args:
         folder: the run's folder.
         summary: what was run and measured.
         lora: whether `folder / "adapter"` holds a LoRA, rather than `folder / "model"` a model.
+        task: what kind of model it is.
 
     Raises:
         InputError: if the folder cannot be written.
     """
     packaged = summary.model.startswith("pkg://")
-    text = render("model_card.md.j2", summary=summary, lora=lora, packaged=packaged)
+    template = "model_card.md.j2" if task == "image" else "vlm_card.md.j2"
+    text = render(template, summary=summary, lora=lora, packaged=packaged)
     return _write(folder / "README.md", text)
 
 
@@ -243,7 +268,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, signed=_signed, percent=_percent, png=_png)
+    environment.filters.update(
+        number=_number, signed=_signed, percent=_percent, png=_png, picture=_picture
+    )
     environment.tests["known"] = lambda value: value is not None and math.isfinite(value)
     return environment
 
@@ -259,10 +286,14 @@ def _thinned(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def _png(picture: Tensor) -> str:
     """Encode an image (3, H, W) in [0, 1] as a data URI, at most `PICTURE_PIXELS` wide or high."""
-    from PIL import Image
+    from PIL import Image as Images
 
     pixels = (picture.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    image = Image.fromarray(pixels.cpu().numpy())
+    return _picture(Images.fromarray(pixels.cpu().numpy()))
+
+
+def _picture(picture: Image) -> str:
+    image = picture.copy()
     image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from mmalign.config import PairsConfig
-from mmalign.data.readers import read_pairs
+from mmalign.config import PairsConfig, VlmPairsConfig
+from mmalign.data.readers import PairTable, read_pairs
 from mmalign.data.stats import PairStats, pair_stats, plot_gaps
+from mmalign.data.vlm_readers import VlmPairTable, read_vlm_pairs
+from mmalign.data.vlm_source import has_answers
 
 if TYPE_CHECKING:
     from mmalign.config import PairsCheckConfig
@@ -20,14 +22,7 @@ def run(config: PairsCheckConfig) -> None:
     Raises:
         InputError: if the pairs cannot be found or the picture cannot be written.
     """
-    table = read_pairs(
-        PairsConfig(
-            path=config.path,
-            format=config.format,
-            max_pixels=config.max_pixels,
-            on_bad_row="skip",
-        )
-    )
+    table = _table(config)
     stats = pair_stats(table)
     tqdm.write(stats_text(stats))
     if stats.gaps:
@@ -35,6 +30,18 @@ def run(config: PairsCheckConfig) -> None:
         tqdm.write(f"histogram of gaps: {config.output}")
     else:
         tqdm.write("no pair has scores or a margin: there is no histogram to draw")
+
+
+def _table(config: PairsCheckConfig) -> PairTable | VlmPairTable:
+    common: dict[str, Any] = {
+        "path": config.path,
+        "format": config.format,
+        "max_pixels": config.max_pixels,
+        "on_bad_row": "skip",
+    }
+    if has_answers(config.path, config.format):
+        return read_vlm_pairs(VlmPairsConfig(**common, images=config.images))
+    return read_pairs(PairsConfig(**common))
 
 
 def stats_text(stats: PairStats) -> str:

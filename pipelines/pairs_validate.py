@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from mmalign.data.validate import validate_pairs
+from mmalign.data.validate import ValidationReport, validate_pairs
+from mmalign.data.vlm_readers import validate_vlm_pairs
+from mmalign.data.vlm_source import has_answers
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ def run(config: PairsCheckConfig) -> None:
     Raises:
         InputError: if there are bad rows, or nothing that can be checked.
     """
-    report = validate_pairs(config.path, format=config.format, max_pixels=config.max_pixels)
+    report = _report(config)
     for bad in report.bad_rows:
         tqdm.write(_printable(str(bad)))
     tqdm.write(
@@ -30,6 +32,14 @@ def run(config: PairsCheckConfig) -> None:
         raise InputError(f"{config.path} has {len(report.bad_rows)} bad rows")
     if not report.rows:
         raise InputError(f"{config.path} has no rows")
+
+
+def _report(config: PairsCheckConfig) -> ValidationReport:
+    if has_answers(config.path, config.format):
+        return validate_vlm_pairs(
+            config.path, format=config.format, images=config.images, max_pixels=config.max_pixels
+        )
+    return validate_pairs(config.path, format=config.format, max_pixels=config.max_pixels)
 
 
 def _printable(line: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import string
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,16 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+# Tests are not a package, so a module they share is loaded by its file.
+_spec = importlib.util.spec_from_file_location(
+    "vlm_models", Path(__file__).parent / "vlm_models.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+vlm_models = importlib.util.module_from_spec(_spec)
+sys.modules["vlm_models"] = vlm_models
+_spec.loader.exec_module(vlm_models)
 
 # Some tests fork, and a child of a process whose OpenMP threads have started hangs in its first
 # parallel operation. One thread is also the fastest for models this small.
@@ -170,3 +183,23 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         force_zeros_for_empty_prompt=True,
     ).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Build a tiny vision-language checkpoint by name, once per session."""
+    builders: dict[str, Callable[[Path], Path]] = {
+        "llava": vlm_models.save_llava,
+        "llava_next": vlm_models.save_llava_next,
+        "qwen2_vl": lambda folder: vlm_models.save_qwen(folder, "2"),
+        "qwen2_5_vl": lambda folder: vlm_models.save_qwen(folder, "2.5"),
+        "qwen3_vl": lambda folder: vlm_models.save_qwen(folder, "3"),
+    }
+    built: dict[str, Path] = {}
+
+    def build(name: str) -> Path:
+        if name not in built:
+            built[name] = builders[name](tmp_path_factory.mktemp("models") / name)
+        return built[name]
+
+    return build

@@ -40,15 +40,29 @@ class PairsCheckConfig:
 
     Attributes:
         path: folder, parquet file, webdataset shard(s) or `metadata.jsonl`.
-        format: layout of `path`.
+        format: layout of `path`: of pairs of images, or of pairs of answers about images.
+        images: folder that file names of images are relative to, in pairs of answers; the one of
+            the file when omitted.
         output: picture of the gap histogram (`pairs stats`).
         max_pixels: images with more pixels count as bad.
     """
 
     path: str = ""
     format: Literal[
-        "auto", "parquet", "webdataset", "imagefolder", "pickapic", "hpdv2", "win_lose"
+        "auto",
+        "parquet",
+        "webdataset",
+        "imagefolder",
+        "pickapic",
+        "hpdv2",
+        "win_lose",
+        "vlm",
+        "trl",
+        "rlhf_v",
+        "swift",
+        "llava",
     ] = "auto"
+    images: str | None = None
     output: str = "pairs.png"
     max_pixels: int = 50_000_000
 

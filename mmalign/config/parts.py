@@ -18,6 +18,19 @@ LossType = Literal[
     "forward_kl",
     "js",
     "alpha",
+    "cdpo",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+    "simpo",
 ]
 ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -195,16 +208,24 @@ class PreferenceConfig:
     """The preference loss on log-ratios, shared by every preference method.
 
     Attributes:
-        loss_type: member of the family in `mmalign.objectives.preference`.
-        label_smoothing: assumed share of flipped labels, for `robust`, in [0, 0.5).
+        loss_type: member of the family in `mmalign.objectives.preference`; `aot`, `sft`, `simpo`
+            and `sigmoid_norm` exist for texts only.
+        label_smoothing: assumed share of flipped labels, for `robust`, `cdpo`, `exo_pair` (above
+            0), `aot` and `aot_unpaired`, in [0, 0.5).
         alpha: order of the alpha divergence, for `alpha`.
         offset_scale: multiplies the score margin of each pair, for `offset`.
+        length_normalize: divide log-ratios of texts by their number of tokens first.
+        target_margin: margin in nats that `simpo` asks for.
+        discopop_tau: temperature of the mixture in `discopop`.
     """
 
     loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
     alpha: float = 0.5
     offset_scale: float = 1.0
+    length_normalize: bool = False
+    target_margin: float = 0.5
+    discopop_tau: float = 0.05
 
 
 @dataclass(kw_only=True)

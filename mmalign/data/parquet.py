@@ -30,7 +30,7 @@ Layout = Literal["parquet", "pickapic"]
 PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 PICKAPIC_OPTIONAL = ("has_label", "source", "pair_id")
 ROWS_AT_A_TIME = 16
-_UNREADABLE: tuple[type[Exception], ...] = (OSError, pa.ArrowException)
+UNREADABLE: tuple[type[Exception], ...] = (OSError, pa.ArrowException)
 
 
 class Location(NamedTuple):
@@ -54,7 +54,7 @@ class ParquetPairs:
         """Name the files and their layout."""
         self.files = list(files)
         self.layout = layout
-        self._cursor: _Cursor | None = None
+        self._cursor: RowCursor | None = None
 
     def rows(self) -> Iterator[Row | Tie | BadRow]:
         """List the rows of all files.
@@ -66,8 +66,8 @@ class ParquetPairs:
             try:
                 for row, record in enumerate(self._records(file)):
                     yield self._row(number, row, record)
-            except _UNREADABLE as error:
-                yield BadRow(str(file), f"not a readable parquet file: {_first_line(error)}")
+            except UNREADABLE as error:
+                yield BadRow(str(file), f"not a readable parquet file: {first_line(error)}")
 
     def images(self, key: object) -> tuple[ImageRef, ImageRef]:
         """Read the two images of a row again.
@@ -80,12 +80,12 @@ class ParquetPairs:
         file = self.files[key.file]
         columns = _image_columns(self.layout)
         if self._cursor is None or not self._cursor.can_reach(file, key.row):
-            self._cursor = _Cursor(file, columns, key.row)
+            self._cursor = RowCursor(file, columns, key.row)
         record = self._cursor.read(key.row)
         where = f"{file} row {key.row + 1}"
         try:
             chosen, rejected = (
-                _image(record[column], file.parent, f"{where}, {column}")
+                image_cell(record[column], file.parent, f"{where}, {column}")
                 for column in (key.chosen, key.rejected)
             )
         except RowError as error:
@@ -97,7 +97,7 @@ class ParquetPairs:
         return {**self.__dict__, "_cursor": None}
 
     def _records(self, file: Path) -> Iterator[dict[str, Any]]:
-        with _open(file) as parquet:
+        with open_parquet(file) as parquet:
             names = parquet.schema_arrow.names
             required, optional = _columns(self.layout)
             try:
@@ -105,7 +105,7 @@ class ParquetPairs:
             except RowError as error:
                 raise InputError(f"{file}: column {error}") from error
             columns = [name for name in names if name in (*required, *optional)]
-            yield from _iterate(parquet, columns, range(parquet.num_row_groups))
+            yield from iterate_rows(parquet, columns, range(parquet.num_row_groups))
 
     def _row(self, number: int, row: int, record: Mapping[str, object]) -> Row | Tie | BadRow:
         file = self.files[number]
@@ -119,24 +119,25 @@ class ParquetPairs:
             if sides is None:
                 return Tie(where)
             chosen, rejected = (
-                _image(record[side], file.parent, f"{where}, {side}") for side in sides
+                image_cell(record[side], file.parent, f"{where}, {side}") for side in sides
             )
         except RowError as error:
             return BadRow(where, str(error))
         return Row(where, fields, chosen, rejected, Location(number, row, *sides))
 
 
-class _Cursor:
-    """Reads the image columns of one file forward from a row, in one process."""
+class RowCursor:
+    """Reads some columns of one file forward from a row, in one process."""
 
     def __init__(self, file: Path, columns: Sequence[str], row: int) -> None:
+        """Open a file at a row, counted from 0."""
         self.file, self.pid = file, os.getpid()
-        self._parquet = _open(file)
+        self._parquet = open_parquet(file)
         metadata = self._parquet.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._starts: list[int] = list(accumulate(sizes, initial=0))[:-1]
         group = bisect_right(self._starts, row) - 1
-        self._records = _iterate(self._parquet, columns, range(group, len(sizes)))
+        self._records = iterate_rows(self._parquet, columns, range(group, len(sizes)))
         self._next = self._starts[group]
         self._last: tuple[int, dict[str, Any]] | None = None
 
@@ -150,6 +151,11 @@ class _Cursor:
         return row >= self._next and start <= self._next + ROWS_AT_A_TIME
 
     def read(self, row: int) -> dict[str, Any]:
+        """Read a row that `can_reach` said yes to.
+
+        Raises:
+            InputError: if the file has no such row any more.
+        """
         if self._last is not None and self._last[0] == row:
             return self._last[1]
         for record in self._records:
@@ -167,19 +173,21 @@ def has_pickapic_columns(file: Path) -> bool:
         InputError: if it is no parquet file.
     """
     try:
-        with _open(file) as parquet:
+        with open_parquet(file) as parquet:
             return {"jpg_0", "jpg_1"} <= set(parquet.schema_arrow.names)
-    except _UNREADABLE as error:
-        message = f"{file} is not a readable parquet file: {_first_line(error)}"
+    except UNREADABLE as error:
+        message = f"{file} is not a readable parquet file: {first_line(error)}"
         raise InputError(message) from error
 
 
-def _open(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
+    """Open a file, which then reads as little of it as a row needs."""
     # Mapped and unbuffered, so that of a huge row group only some pages are ever in memory.
     return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
 
 
-def _iterate(parquet: Any, columns: Sequence[str], groups: range) -> Iterator[dict[str, Any]]:
+def iterate_rows(parquet: Any, columns: Sequence[str], groups: range) -> Iterator[dict[str, Any]]:
+    """Yield the rows of some row groups, a few at a time."""
     if not len(groups):
         return
     batches = parquet.iter_batches(
@@ -221,7 +229,12 @@ def _winner(record: Mapping[str, object]) -> tuple[str, str] | None:
     return ("jpg_0", "jpg_1") if labels[0] > labels[1] else ("jpg_1", "jpg_0")
 
 
-def _image(cell: object, root: Path, where: str) -> ImageRef:
+def image_cell(cell: object, root: Path, where: str) -> ImageRef:
+    """Turn what stands for an image in a row into a reference: bytes, struct, or relative path.
+
+    Raises:
+        RowError: if it is none of these, or a path that leaves `root`.
+    """
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if isinstance(cell, bytes):
@@ -233,5 +246,6 @@ def _image(cell: object, root: Path, where: str) -> ImageRef:
     raise RowError(f"an image cell is a {type(cell).__name__}: use bytes or a relative path")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Shorten what a library says to one line."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]

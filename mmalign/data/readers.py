@@ -20,7 +20,6 @@ from mmalign.data.schema import (
     RowError,
     Tie,
     content_id,
-    read_prompt,
     row_to_info,
 )
 from mmalign.types import ImageRef, InputError, PreferencePair
@@ -229,18 +228,19 @@ def _check(
         problems.append("chosen and rejected are the same image")
     if problems or info is None:
         return BadRow(row.where, "; ".join(problems)), False
-    before = _repeated(row, info, seen)
+    before = repeated(row.where, info, seen)
     if before is not None:
         return BadRow(row.where, before), True
     return info, False
 
 
-def _repeated(row: Row, info: PairInfo, seen: dict[str, str]) -> str | None:
-    content = content_id(read_prompt(row.fields), info.chosen_hash, info.rejected_hash)
-    earlier = seen.setdefault(content, row.where)
-    if earlier != row.where:
+def repeated(where: str, info: PairInfo, seen: dict[str, str]) -> str | None:
+    """Say which earlier row a pair repeats, in content or in id; None for a new one."""
+    content = content_id(info.prompt, info.chosen_hash, info.rejected_hash)
+    earlier = seen.setdefault(content, where)
+    if earlier != where:
         return f"the same pair as {earlier}"
-    earlier = seen.setdefault(info.pair_id, row.where)
-    if earlier != row.where:
+    earlier = seen.setdefault(info.pair_id, where)
+    if earlier != where:
         return f"pair_id {info.pair_id!r} is also that of {earlier}"
     return None

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmalign.data.files import atomic_path
 from mmalign.data.readers import PairTable, describe
+from mmalign.data.vlm_readers import VlmPairTable
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 BINS = 40
@@ -33,9 +34,9 @@ class PairStats:
     sources: dict[str, int]
 
 
-def pair_stats(table: PairTable) -> PairStats:
+def pair_stats(table: PairTable | VlmPairTable) -> PairStats:
     """Count pairs, prompts, ties and gaps."""
-    infos = describe(table.pairs)
+    infos = table.pairs.infos if isinstance(table, VlmPairTable) else describe(table.pairs)
     gaps = [info.margin for info in infos if info.margin is not None]
     values = np.quantile(gaps, QUANTILES).tolist() if gaps else []
     return PairStats(

@@ -3,10 +3,12 @@
 With r = log pi_policy - log pi_ref of a side and `margin` h = r_chosen - r_rejected, each function
 maps pairs (B,) to losses (B,) and reduces nothing. `beta` has the unit of one over a log-ratio;
 its scale is the calling method's. Losses and gradients are finite for log-ratios up to +-1e4.
+Members that need more than log-ratios are in `mmalign.objectives.pair_losses`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,13 +16,24 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from mmalign.config import PreferenceConfig
+from mmalign.objectives import pair_losses
 from mmalign.types import InputError, LogRatios
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Metrics = dict[str, Tensor]
 
-EXPONENT_LIMIT = 30.0
-"""Beyond this exponent exp is continued by its tangent: finite, convex, with a useful gradient."""
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What some losses need of two texts besides their log-ratios; (B,) per side.
+
+    Attributes:
+        policy_logps: the policy's log-probs, summed over tokens, for `aot`, `sft` and `simpo`.
+        lengths: tokens of each side, for `sft`, `simpo`, `sigmoid_norm` and `length_normalize`.
+    """
+
+    policy_logps: LogRatios | None = None
+    lengths: LogRatios | None = None
 
 
 def preference_loss(
@@ -29,6 +42,7 @@ def preference_loss(
     beta: float,
     config: PreferenceConfig,
     score_margins: Tensor | None = None,
+    answers: Answers | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Apply the configured loss to each pair.
 
@@ -38,6 +52,7 @@ def preference_loss(
         beta: strength of the pull to the reference, in units of one over a log-ratio.
         config: `loss_type` and the constants of its family member.
         score_margins: score of chosen minus score of rejected (B,), for `offset`.
+        answers: log-probs and lengths, for losses that only texts have.
 
     Returns:
         Losses (B,), and metrics as detached scalars: means over the batch of the implicit rewards
@@ -46,10 +61,22 @@ def preference_loss(
         margin of exactly 0 (policy equal to reference) counts one half.
 
     Raises:
-        InputError: If the config is out of range, or `offset` lacks a score margin of some pair.
+        InputError: If the config is out of range, `offset` lacks a score margin of some pair, or a
+            loss lacks the log-probs or lengths it needs.
     """
     ratios = LogRatios(*(_at_least_float32(side) for side in logratios))
-    loss = _dispatch(ratios, beta, config, score_margins)
+    answers = answers or Answers()
+    used = ratios
+    if config.length_normalize or config.loss_type == "sigmoid_norm":
+        used = _per_token(ratios, answers, config)
+    match config.loss_type:
+        case "offset":
+            offsets = _offsets(score_margins, used.chosen, config.offset_scale)
+            loss = offset_loss(used.chosen - used.rejected, beta, offsets)
+        case "aot" | "sft" | "simpo":
+            loss = _text_loss(used, beta, config, answers)
+        case _:
+            loss = _pair_loss(used, beta, config)
     return loss, preference_metrics(ratios, beta=beta)
 
 
@@ -138,7 +165,7 @@ def reverse_kl_derivative(logratio: Tensor) -> Tensor:
 
 def forward_kl_derivative(logratio: Tensor) -> Tensor:
     """Compute f'(u) - f'(1) = 1 - 1/u, of f(u) = -log u."""
-    return -_expm1(-logratio)
+    return -pair_losses.bounded_expm1(-logratio)
 
 
 def js_derivative(logratio: Tensor) -> Tensor:
@@ -160,28 +187,85 @@ def alpha_derivative(logratio: Tensor, alpha: float) -> Tensor:
     """
     if not 0 < alpha < 1:
         raise InputError(f"alpha must be in (0, 1), got {alpha}")
-    return -_expm1(-alpha * logratio) / alpha
+    return -pair_losses.bounded_expm1(-alpha * logratio) / alpha
 
 
-def _dispatch(
-    ratios: LogRatios, beta: float, config: PreferenceConfig, score_margins: Tensor | None
-) -> Tensor:
-    margin = ratios.chosen - ratios.rejected
+def _margin_loss(margin: Tensor, beta: float, config: PreferenceConfig) -> Tensor | None:
+    """Compute the losses of the margin alone."""
+    smoothing = config.label_smoothing
     match config.loss_type:
-        case "sigmoid":
+        case "sigmoid" | "sigmoid_norm":
             return sigmoid_loss(margin, beta)
         case "ipo":
             return ipo_loss(margin, beta)
         case "hinge":
             return hinge_loss(margin, beta)
         case "robust":
-            return robust_loss(margin, beta, config.label_smoothing)
-        case "offset":
-            return offset_loss(margin, beta, _offsets(score_margins, margin, config.offset_scale))
+            return robust_loss(margin, beta, smoothing)
+        case "cdpo":
+            return pair_losses.cdpo_loss(margin, beta, smoothing)
+        case "exo_pair":
+            return pair_losses.exo_pair_loss(margin, beta, smoothing)
+        case "discopop":
+            return pair_losses.discopop_loss(margin, beta, config.discopop_tau)
+    return None
+
+
+def _pair_loss(ratios: LogRatios, beta: float, config: PreferenceConfig) -> Tensor:
+    """Compute the losses of both log-ratios."""
+    loss = _margin_loss(ratios.chosen - ratios.rejected, beta, config)
+    if loss is not None:
+        return loss
+    match config.loss_type:
         case "reverse_kl" | "forward_kl" | "js" | "alpha":
             return divergence_loss(ratios, beta, config.loss_type, config.alpha)
+        case "nca_pair":
+            return pair_losses.nca_pair_loss(ratios, beta)
+        case "bco_pair":
+            return pair_losses.bco_pair_loss(ratios, beta)
+        case "sppo_hard":
+            return pair_losses.sppo_hard_loss(ratios, beta)
+        case "aot_unpaired":
+            return pair_losses.aot_unpaired_loss(ratios, beta, config.label_smoothing)
+        case "apo_zero":
+            return pair_losses.apo_zero_loss(ratios, beta)
+        case "apo_down":
+            return pair_losses.apo_down_loss(ratios, beta)
         case unknown:
             raise InputError(f"unknown loss_type {unknown!r}")
+
+
+def _text_loss(
+    ratios: LogRatios, beta: float, config: PreferenceConfig, answers: Answers
+) -> Tensor:
+    """Compute the losses that need the policy's log-probs themselves."""
+    policy = answers.policy_logps
+    if policy is None:
+        raise InputError(
+            f"loss_type {config.loss_type} needs the log-probs of two answers, which this method"
+            " does not compare; use another loss_type"
+        )
+    policy = LogRatios(*(_at_least_float32(side) for side in policy))
+    if config.loss_type == "aot":
+        scaled = _per_token(policy, answers, config) if config.length_normalize else policy
+        margin = scaled.chosen - scaled.rejected
+        ref_margin = (margin - (ratios.chosen - ratios.rejected)).detach()
+        return pair_losses.aot_loss(margin, ref_margin, beta, config.label_smoothing)
+    averages = _per_token(policy, answers, config)
+    if config.loss_type == "sft":
+        return -averages.chosen
+    return pair_losses.simpo_loss(averages, beta, config.target_margin)
+
+
+def _per_token(sides: LogRatios, answers: Answers, config: PreferenceConfig) -> LogRatios:
+    if answers.lengths is None:
+        option = "length_normalize" if config.length_normalize else f"loss_type {config.loss_type}"
+        raise InputError(
+            f"{option} needs the lengths of two answers, which this method does not compare; use"
+            " another loss_type"
+        )
+    pairs = zip(sides, answers.lengths, strict=True)
+    return LogRatios(*(side / length.to(side).clamp(min=1) for side, length in pairs))
 
 
 def _derivative(logratio: Tensor, divergence: Divergence, alpha: float) -> Tensor:
@@ -203,12 +287,6 @@ def _offsets(score_margins: Tensor | None, like: Tensor, scale: float) -> Tensor
             " score_rejected to the pairs, or use another loss_type"
         )
     return scale * score_margins.to(like)
-
-
-def _expm1(exponent: Tensor) -> Tensor:
-    # expm1 rather than exp: differences of log-ratios near 0 keep all their digits.
-    limit = torch.as_tensor(EXPONENT_LIMIT, dtype=exponent.dtype, device=exponent.device)
-    return torch.expm1(exponent.clamp(max=EXPONENT_LIMIT)) + limit.exp() * relu(exponent - limit)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -1,0 +1,389 @@
+"""What the families of vision-language models share: loading, tokens, scoring, answers."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+import transformers
+import xxhash
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from mmalign.adapters._answers import GumbelSampling, yes_no_tokens
+from mmalign.adapters._branches import AnswerScorer, Layout
+from mmalign.adapters._chat import Chat, Prefix
+from mmalign.adapters._vlm_source import VlmSource, first_line
+from mmalign.config import GenerationConfig
+from mmalign.data.images import decode, hash_image
+from mmalign.data.schema import RowError
+from mmalign.randomness import derive_seed
+from mmalign.types import (
+    Branches,
+    EncodedVlmPair,
+    ImageFeatures,
+    ImageInputs,
+    ImageRef,
+    InputError,
+    Question,
+    Scored,
+    VlmPair,
+)
+
+MAX_PIXELS = 50_000_000
+SAMPLES = 1024
+
+
+class TooLongError(RowError):
+    """Images and question leave no room for an answer."""
+
+
+class VlmFamily(ABC):
+    """A `VlmAdapter` around a model and a processor of transformers.
+
+    Attributes:
+        family: model family.
+        model: the model, with whatever LoRA it has.
+        policy: scores answers; may be replaced by a wrapped one.
+        chat: processor and chat template.
+        context: longest sequence the language model was made for, in tokens.
+        max_pixels: images with more pixels are refused.
+    """
+
+    family: str
+
+    def __init__(self, source: VlmSource, device: torch.device, model: Any, processor: Any) -> None:
+        """Wrap a loaded model; use `load`."""
+        self.source, self.device = source, device
+        self.model: Any = model
+        self.chat = Chat(processor, source.name)
+        self.policy: nn.Module = AnswerScorer(model, self.layout(), logits_chunk=256)
+        self.context: int = model.config.get_text_config().max_position_embeddings
+        self.max_pixels = MAX_PIXELS
+        self._fingerprint: str | None = None
+        self._yes_no: tuple[list[int], list[int]] | None = None
+        # The checkpoint's own sampling settings would mix with those asked for.
+        ends = model.generation_config.eos_token_id
+        own = self.chat.tokenizer.eos_token_id
+        ends = {own, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        pad = self.chat.tokenizer.pad_token_id
+        model.generation_config = transformers.GenerationConfig(
+            eos_token_id=sorted(ends), pad_token_id=own if pad is None else pad
+        )
+
+    @classmethod
+    def load(cls, source: VlmSource, device: torch.device) -> Self:
+        """Load a checkpoint with everything frozen.
+
+        Raises:
+            InputError: the files are damaged or do not fit together.
+        """
+        try:
+            transformers.utils.logging.disable_progress_bar()
+            processor = transformers.AutoProcessor.from_pretrained(
+                source.location, **source.options
+            )
+            model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+                source.location,
+                dtype=source.dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                **source.options,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{source.name}: cannot be loaded: {first_line(error)}") from error
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_token"):
+            raise InputError(f"{source.name}: has no processor of images and text")
+        model.requires_grad_(False)
+        _without_dropout(model)
+        return cls(source, device, model.to(device).eval(), processor)
+
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Say what is different about this family."""
+
+    @property
+    def can_share_prefix(self) -> bool:
+        """Whether attention sees everything before it, as the mask of shared prefixes says."""
+        text = self.model.config.get_text_config()
+        windowed = getattr(text, "use_sliding_window", True)
+        return not (windowed and getattr(text, "sliding_window", None))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights as they were when first asked for, processor and template."""
+        if self._fingerprint is None:
+            self._fingerprint = _fingerprint(self.model, self.chat.processor)
+        return self._fingerprint
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them."""
+        model = self.model
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def encode_pair(self, pair: VlmPair, *, max_length: int | None = None) -> EncodedVlmPair:
+        """Turn a pair into tokens by the model's own chat template.
+
+        Answers that do not fit are shortened at their end; images and question never are.
+
+        Args:
+            pair: question, images and answers.
+            max_length: longest sequence in tokens; the model's context when omitted.
+
+        Raises:
+            TooLongError: there is no room for an answer, or shortened answers are the same.
+            RowError: an image or a text cannot be used.
+        """
+        images = self.pictures(pair)
+        prefix = self.chat.prefix(pair.prompt, images)
+        room = min(max_length or self.context, self.context) - len(prefix.ids)
+        if room < 1:
+            raise TooLongError(
+                f"images and question take {len(prefix.ids)} tokens, which leaves no room for an"
+                f" answer within {room + len(prefix.ids)}"
+            )
+        chosen, rejected, revised = (
+            None if text is None else self.chat.answer(pair.prompt, len(images), text)
+            for text in (pair.chosen, pair.rejected, pair.revised)
+        )
+        assert chosen is not None
+        assert rejected is not None
+        truncated = max(len(chosen), len(rejected)) > room
+        chosen, rejected = chosen[:room], rejected[:room]
+        if truncated and torch.equal(chosen, rejected):
+            raise TooLongError(f"the answers are the same in their first {room} tokens")
+        key = None
+        if images:
+            key = hashlib.blake2b(
+                b"".join(map(hash_image, pair.images)), digest_size=16
+            ).hexdigest()
+        return EncodedVlmPair(
+            pair_id=pair.pair_id,
+            prefix_ids=prefix.ids,
+            prefix_text=prefix.text,
+            chosen_ids=chosen,
+            rejected_ids=rejected,
+            revised_ids=None if revised is None else revised[:room],
+            images=ImageInputs(prefix.images, key) if images else None,
+            truncated=truncated,
+        )
+
+    def replaced_images(self, prompt: str, pictures: Sequence[Image.Image]) -> Prefix:
+        """Tokenize a question with other pictures.
+
+        Raises:
+            RowError: a picture cannot be prepared.
+        """
+        return self.chat.prefix(prompt, pictures)
+
+    def pictures(self, pair: VlmPair) -> list[Image.Image]:
+        """Decode the images of a pair.
+
+        Raises:
+            RowError: naming an image that cannot be decoded.
+        """
+        return [_decoded(ref, self.max_pixels) for ref in pair.images]
+
+    def encode_images(self, images: ImageInputs) -> ImageFeatures:
+        """Run the vision tower and the projector on the images of one prefix."""
+        tensors = {
+            name: value.to(self.device, self.source.dtype)
+            if value.is_floating_point()
+            else value.to(self.device)
+            for name, value in images.tensors.items()
+        }
+        output = self.model.model.get_image_features(**tensors, return_dict=True)
+        embeds = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
+        deep = getattr(output, "deepstack_features", None) or ()
+        small = {name: value for name, value in images.tensors.items() if name != "pixel_values"}
+        return ImageFeatures(embeds, tuple(torch.cat(list(level)) for level in deep), small)
+
+    def score(
+        self, batch: Sequence[Branches], *, share_prefix: bool = True, states: bool = False
+    ) -> list[list[Scored]]:
+        """Score the answers of each prefix by `policy`."""
+        share = share_prefix and self.can_share_prefix
+        scored: list[list[Scored]] = self.policy(batch, share, states)
+        return scored
+
+    def token_logps(
+        self, batch: Sequence[Branches], *, share_prefix: bool = True
+    ) -> list[list[Tensor]]:
+        """Do the same, for the log-probabilities (R,) alone."""
+        return [
+            [s.logps for s in answers] for answers in self.score(batch, share_prefix=share_prefix)
+        ]
+
+    @torch.no_grad()
+    def generate(self, questions: Sequence[Question], config: GenerationConfig) -> list[str]:
+        """Answer each question.
+
+        With `temperature` above 0 tokens are drawn by adding Gumbel noise to the logits, keyed by
+        (seed, question, images, how often it was asked before in this list, token number): an
+        answer depends neither on the batch it is part of nor on the other questions.
+
+        Raises:
+            InputError: an image or a question cannot be used.
+        """
+        answers = [""] * len(questions)
+        keys = _keys(questions, config.seed)
+        with self._answering():
+            for places in _batches(questions, config.batch_size):
+                inputs = self._inputs([questions[i] for i in places])
+                sampling: dict[str, Any] = {"num_beams": config.num_beams}
+                if config.temperature > 0:
+                    sampler = GumbelSampling(
+                        [keys[i] for i in places], config.temperature, config.top_p
+                    )
+                    processors = transformers.LogitsProcessorList([sampler])
+                    sampling = {"logits_processor": processors}
+                output = self.model.generate(
+                    **inputs, do_sample=False, max_new_tokens=config.max_new_tokens, **sampling
+                )
+                new = output[:, inputs["input_ids"].shape[1] :]
+                texts = self.chat.tokenizer.batch_decode(new, skip_special_tokens=True)
+                for place, text in zip(places, texts, strict=True):
+                    answers[place] = text.strip()
+        return answers
+
+    @torch.no_grad()
+    def yes_no(self, questions: Sequence[Question], batch_size: int) -> list[tuple[float, float]]:
+        """Give the probabilities that an answer begins with yes and with no.
+
+        They are sums over the tokens that say so in any case, with or without a space before.
+
+        Raises:
+            InputError: the tokenizer has no such token, or an image or a question cannot be used.
+        """
+        if self._yes_no is None:
+            self._yes_no = yes_no_tokens(self.chat.tokenizer, self.source.name)
+        results = [(0.0, 0.0)] * len(questions)
+        scorer = AnswerScorer(self.model, self.layout(), logits_chunk=256)
+        with self._answering():
+            for places in _batches(questions, batch_size):
+                prefixes = [self._branches(questions[i]) for i in places]
+                shares = scorer.last_logits(prefixes).softmax(1)
+                sums = [shares[:, tokens].sum(1).tolist() for tokens in self._yes_no]
+                for place, yes, no in zip(places, *sums, strict=True):
+                    results[place] = (yes, no)
+        return results
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Switch dropout and checkpointing off inside the block."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def _branches(self, question: Question) -> Branches:
+        images = self._pictures(question)
+        try:
+            prefix = self.chat.prefix(question.prompt, images)
+        except RowError as error:
+            raise InputError(f"question {question.prompt[:60]!r}: {error}") from error
+        features = self.encode_images(ImageInputs(prefix.images)) if images else None
+        return Branches(prefix.ids, (), features)
+
+    def _inputs(self, questions: Sequence[Question]) -> Mapping[str, Any]:
+        """Prepare questions that all have images, or all have none, for `generate`."""
+        images = [self._pictures(question) for question in questions]
+        texts = []
+        for question, pictures in zip(questions, images, strict=True):
+            try:
+                text = self.chat.text(question.prompt, len(pictures))
+                self.chat.check_controls(text, len(pictures))
+            except RowError as error:
+                raise InputError(f"question {question.prompt[:60]!r}: {error}") from error
+            texts.append(text)
+        inputs = self.chat.processor(
+            text=texts,
+            images=images if images[0] else None,
+            add_special_tokens=self.chat.adds_special(texts[0]),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        placed: Mapping[str, Any] = inputs.to(self.device, dtype=self.source.dtype)
+        return placed
+
+    def _pictures(self, question: Question) -> list[Image.Image]:
+        pictures = []
+        for image in question.images:
+            try:
+                picture = _decoded(image, self.max_pixels) if isinstance(image, ImageRef) else image
+            except RowError as error:
+                raise InputError(str(error)) from error
+            pictures.append(picture.convert("RGB"))
+        return pictures
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Make training and scoring the same function: cached log-probs of the reference rely on it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _decoded(ref: ImageRef, max_pixels: int) -> Image.Image:
+    try:
+        return decode(ref, max_pixels)
+    except RowError as error:
+        raise RowError(f"{ref.where}: {error}") from error
+
+
+def _batches(questions: Sequence[Question], size: int) -> Iterator[list[int]]:
+    """List places of questions, those with images and those without apart."""
+    for wanted in (True, False):
+        places = [i for i, question in enumerate(questions) if bool(question.images) is wanted]
+        for start in range(0, len(places), size):
+            yield places[start : start + size]
+
+
+def _keys(questions: Sequence[Question], seed: int) -> list[int]:
+    """Key the draws of each question by itself and by how often it came before."""
+    seen: dict[bytes, int] = {}
+    keys = []
+    for question in questions:
+        digest = hashlib.blake2b(question.prompt.encode("utf-8", "surrogatepass"), digest_size=16)
+        for image in question.images:
+            content = hash_image(image) if isinstance(image, ImageRef) else image.tobytes()
+            digest.update(hashlib.blake2b(content, digest_size=16).digest())
+        content_key = digest.digest()
+        before = seen.get(content_key, 0)
+        seen[content_key] = before + 1
+        keys.append(derive_seed(seed, content_key.hex(), before, "answer"))
+    return keys
+
+
+def _fingerprint(model: nn.Module, processor: Any) -> str:
+    """Hash settings, tokenizer, template, and evenly spaced samples of every weight.
+
+    All weights of a large model would take minutes, and a fine-tuned one differs everywhere.
+    """
+    digest = xxhash.xxh3_128()
+    tokenizer = processor.tokenizer
+    for text in (
+        type(model).__name__,
+        processor.to_json_string(),
+        str(processor.chat_template or tokenizer.chat_template),
+        tokenizer.backend_tokenizer.to_str(),
+    ):
+        digest.update(text.encode())
+    for name, value in model.state_dict().items():
+        flat = value.detach().reshape(-1)
+        picked = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(picked.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

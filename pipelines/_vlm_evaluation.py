@@ -1,0 +1,117 @@
+"""What training changed: log-probs on held-out pairs, and answers to their questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from mmalign.adapters._vlm import VlmFamily
+from mmalign.config import GenerationConfig, VlmDpoConfig
+from mmalign.data.vlm_readers import read_vlm_pairs
+from mmalign.evaluation import Mean, mean_ci
+from mmalign.pipelines._vlm_pairs import EncodedPairs
+from mmalign.report import AnswerComparison
+from mmalign.types import Branches, Question
+
+BAR_DELAY = 1.0
+
+
+class Side(NamedTuple):
+    """One model on the held-out pairs: values (N,) per metric, and answers."""
+
+    values: dict[str, list[float]]
+    answers: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlmEvaluation:
+    """Base against trained model; empty without held-out pairs."""
+
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    changes: dict[str, Mean] = field(default_factory=dict)
+    answers: list[AnswerComparison] = field(default_factory=list)
+
+
+class HeldOut:
+    """Pairs that no training sees."""
+
+    def __init__(self, adapter: VlmFamily, config: VlmDpoConfig) -> None:
+        """Read and encode them.
+
+        Raises:
+            InputError: they cannot be read, or none can be used.
+        """
+        assert config.eval_pairs is not None
+        self._adapter, self._config = adapter, config
+        table = read_vlm_pairs(config.eval_pairs)
+        self._pairs = EncodedPairs(
+            table.pairs,
+            adapter,
+            max_length=config.max_length,
+            on_bad_row=config.eval_pairs.on_bad_row,
+        )
+        asked = [self._pairs.pair(i) for i in range(min(config.num_answers, len(self._pairs)))]
+        self.questions = [Question(pair.prompt, pair.images) for pair in asked]
+        self.groups = [self._pairs[i].pair_id for i in range(len(self._pairs))]
+
+    @torch.no_grad()
+    def measure(self, description: str) -> Side:
+        """Score the pairs and answer some questions with the model as it is."""
+        names = ("chosen_logp", "rejected_logp", "logp_accuracy", "logp_margin")
+        values: dict[str, list[float]] = {name: [] for name in names}
+        for index in tqdm(range(len(self._pairs)), description, unit="pair", delay=BAR_DELAY):
+            pair = self._pairs[index]
+            features = None
+            if pair.images is not None:
+                features = self._adapter.encode_images(self._pairs.images(index))
+            branches = Branches(pair.prefix_ids, (pair.chosen_ids, pair.rejected_ids), features)
+            (sides,) = self._adapter.token_logps([branches])
+            chosen, rejected = (float(logps.mean()) for logps in sides)
+            gap = chosen - rejected
+            accuracy = 0.5 + 0.5 * ((gap > 0) - (gap < 0))
+            for name, value in zip(names, (chosen, rejected, accuracy, gap), strict=True):
+                values[name].append(value)
+        generation: GenerationConfig = self._config.generation
+        return Side(values, self._adapter.generate(self.questions, generation))
+
+    def compare(self, before: Side, after: Side) -> VlmEvaluation:
+        """Compare two models on the same pairs."""
+        means = [
+            {name: sum(v) / len(v) for name, v in side.values.items()} for side in (before, after)
+        ]
+        changes = {
+            name: mean_ci(
+                [b - a for a, b in zip(values, after.values[name], strict=True)],
+                self.groups,
+                seed=self._config.seed,
+            )
+            for name, values in before.values.items()
+        }
+        return VlmEvaluation(
+            before=means[0],
+            after=means[1],
+            changes=changes,
+            answers=self._answers(before.answers, after.answers),
+        )
+
+    def _answers(self, before: Sequence[str], after: Sequence[str]) -> list[AnswerComparison]:
+        rows = []
+        for index, (question, *answers) in enumerate(
+            zip(self.questions, before, after, strict=True)
+        ):
+            pictures: list[Image.Image] = self._adapter.pictures(self._pairs.pair(index))
+            rows.append(
+                AnswerComparison(
+                    prompt=question.prompt,
+                    images=pictures[:1],
+                    before=[(answers[0], False)],
+                    after=[(answers[1], False)],
+                )
+            )
+        return rows

@@ -1,0 +1,230 @@
+"""`mmalign train vlm-dpo`: the DPO family on a vision-language model and pairs of answers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from mmalign.accelerator import make_accelerator
+from mmalign.adapters import load_vlm
+from mmalign.adapters._vlm import VlmFamily
+from mmalign.config import VlmDpoConfig, dump_config
+from mmalign.data.files import write_bytes
+from mmalign.data.order import BatchPlan, batch_indices
+from mmalign.data.vlm_readers import read_vlm_pairs
+from mmalign.objectives.vlm_rows import Preset, plan
+from mmalign.pipelines._vlm_evaluation import HeldOut, VlmEvaluation
+from mmalign.pipelines._vlm_meter import VlmMeter
+from mmalign.pipelines._vlm_pairs import EncodedPairs, FeatureCache
+from mmalign.pipelines._vlm_preset import resolve_preset
+from mmalign.pipelines._vlm_reference import ReferenceScores
+from mmalign.pipelines._vlm_results import write_vlm_results
+from mmalign.pipelines._vlm_rows import RowMaker, Sample
+from mmalign.pipelines._vlm_similarity import clip_similarity
+from mmalign.pipelines._vlm_step import StepParts, VlmBatch, VlmStep
+from mmalign.reference import make_reference
+from mmalign.report import RunSummary
+from mmalign.trainer import Trainer
+from mmalign.training_state import Stateful
+from mmalign.types import Branches, InputError
+from mmalign.vlm_lora import attach_vlm_lora, save_vlm_lora
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: VlmDpoConfig) -> RunSummary:
+    """Train on pairs, save the adapter, evaluate, and write the run folder.
+
+    Raises:
+        InputError: anything in the options, the pairs or the model is unusable.
+    """
+    started = time.monotonic()
+    output = Path(config.output_dir)
+    preset = resolve_preset(config)
+    table = read_vlm_pairs(config.pairs)
+    logger.info(
+        "%d pairs, %d ties dropped, %d bad rows skipped",
+        len(table.pairs),
+        table.ties,
+        len(table.bad_rows),
+    )
+    accelerator = make_accelerator(config, cpu=config.device == "cpu")
+    adapter = load_vlm(config, accelerator.device, for_training=True)
+    adapter.max_pixels = config.pairs.max_pixels
+    pairs = EncodedPairs(
+        table.pairs, adapter, max_length=config.max_length, on_bad_row=config.pairs.on_bad_row
+    )
+    write_bytes(output / "config.yaml", dump_config(config).encode())
+    held_out = None if config.eval_pairs is None else HeldOut(adapter, config)
+    before = None if held_out is None else held_out.measure("evaluate base")
+    job = _Job(config, adapter, accelerator, pairs, preset)
+    trainer = job.trainer()
+    with job.meter.running():
+        job.fill_reference()
+        result = trainer.train()
+    adapter.policy = accelerator.unwrap_model(adapter.policy)
+    with ExitStack() as stack:
+        if trainer.ema is not None:
+            stack.enter_context(trainer.averaged_weights())
+        if accelerator.is_main_process:
+            _save(config, adapter, output)
+        evaluation = VlmEvaluation()
+        if held_out is not None and before is not None:
+            evaluation = held_out.compare(before, held_out.measure("evaluate aligned"))
+    summary = write_vlm_results(
+        config,
+        evaluation,
+        steps=result.step,
+        wall_seconds=time.monotonic() - started,
+        device=str(accelerator.device),
+        warnings=[*result.warnings, *job.notes()],
+        cost=job.meter.cost(),
+    )
+    tqdm.write(f"report: {output / 'report.html'}")
+    return summary
+
+
+class _Job:
+    """The parts of a run, wired."""
+
+    def __init__(
+        self,
+        config: VlmDpoConfig,
+        adapter: VlmFamily,
+        accelerator: Accelerator,
+        pairs: EncodedPairs,
+        preset: Preset,
+    ) -> None:
+        self._config, self._adapter, self._accelerator = config, adapter, accelerator
+        self._pairs = pairs
+        self._prepare_policy()
+        self._reference = make_reference(adapter, config.lora, config, attribute="policy")
+        adapter.policy = accelerator.prepare_model(adapter.policy)
+        self._features = FeatureCache(adapter, pairs, config.image_cache_mib)
+        self.meter = VlmMeter()
+        self.meter.watch(adapter.model)
+        folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
+        moves = config.reference_update != "never"
+        self._scores = ReferenceScores(
+            adapter,
+            self._reference,
+            folder=folder if config.cache_reference and not moves else None,
+            share_prefix=config.share_prefix,
+            energies=bool(plan(preset).ref_hidden),
+        )
+        maker = RowMaker(
+            adapter,
+            pairs,
+            self._features,
+            preset,
+            seed=config.seed,
+            similarity=clip_similarity(config, str(accelerator.device)),
+            own_answer=self._own_answer,
+        )
+        parts = StepParts(
+            adapter=adapter,
+            pairs=pairs,
+            maker=maker,
+            reference=self._reference,
+            scores=self._scores,
+            preset=preset,
+        )
+        self._step = VlmStep(parts, config)
+
+    def trainer(self) -> Trainer:
+        """Make the trainer."""
+        state: dict[str, Stateful] = {"meter": self.meter}
+        if self._config.reference_update != "never":
+            state["reference"] = self._reference
+        return Trainer(
+            self._config,
+            accelerator=self._accelerator,
+            module=self._adapter.policy,
+            step=self._step,
+            batches=self._batches,
+            state=state,
+            on_step=self._reference.update,
+        )
+
+    def fill_reference(self) -> None:
+        """Compute the reference's log-probs of every sample the run will see.
+
+        Raises:
+            InputError: the cache cannot be written.
+        """
+        if not self._scores.cached:
+            return
+        samples = dict.fromkeys(s for batch in self._batches(0) for s in batch.samples)
+        groups = (self._step.reference_groups(sample) for sample in samples)
+        self._scores.fill(groups, len(samples))
+
+    def notes(self) -> list[str]:
+        """Say what was left out."""
+        pairs = self._pairs
+        counts = {
+            "pairs dropped, too long for the context": len(pairs.dropped),
+            "pairs dropped, unusable": len(pairs.bad),
+            "pairs with an answer that was shortened to fit": pairs.truncated,
+        }
+        return [f"{count} {what}" for what, count in counts.items() if count]
+
+    def _prepare_policy(self) -> None:
+        """Attach what is trained; vision tower and projector stay frozen."""
+        config, model = self._config, self._adapter.model
+        scorer: Any = self._adapter.policy
+        scorer.logits_chunk = config.logits_chunk
+        self._adapter.fingerprint  # noqa: B018 - of the weights as they are before training
+        if config.lora.enabled:
+            attach_vlm_lora(model, config.lora, config.seed)
+        else:
+            for part in (model.model.language_model, model.get_output_embeddings()):
+                part.to(torch.float32).requires_grad_(True)
+        if config.gradient_checkpointing:
+            self._adapter.checkpoint_activations()
+
+    def _batches(self, start_step: int) -> Iterator[VlmBatch]:
+        """Yield the micro-batches that follow `start_step` optimizer steps."""
+        config = self._config
+        division = BatchPlan(
+            seed=config.seed,
+            batch_size=config.per_device_train_batch_size,
+            max_steps=config.max_steps,
+            start_step=start_step,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            num_processes=self._accelerator.num_processes,
+            process_index=self._accelerator.process_index,
+        )
+        size, count = len(self._pairs), division.batch_size
+        for step in range(start_step, config.max_steps):
+            for position in division.positions():
+                number = step * division.batches_per_step + position
+                indices = batch_indices(number, size=size, batch_size=count, seed=config.seed)
+                samples = tuple(
+                    Sample(index, (number * count + i) // size) for i, index in enumerate(indices)
+                )
+                yield VlmBatch(tuple(self._pairs[s.number].pair_id for s in samples), samples)
+
+    def _own_answer(self, branches: Branches) -> torch.Tensor:
+        scorer: Any = self._accelerator.unwrap_model(self._adapter.policy)
+        tokens: torch.Tensor = scorer.likeliest([branches])[0][0]
+        return tokens.cpu()
+
+
+def _save(config: VlmDpoConfig, adapter: VlmFamily, output: Path) -> None:
+    """Write the adapter, or the whole model after full fine-tuning."""
+    if config.lora.enabled:
+        save_vlm_lora(adapter.model, output / "adapter", config.model)
+        return
+    try:
+        adapter.model.save_pretrained(output / "model", safe_serialization=True)
+        adapter.chat.processor.save_pretrained(output / "model")
+    except OSError as error:
+        raise InputError(f"{output / 'model'}: cannot be written: {error}") from error
