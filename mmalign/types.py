@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor, nn
 
-    from mmalign.config import SamplingConfig
+    from mmalign.config import GenerationConfig, SamplingConfig
     from mmalign.diffusion import SamplerGrid, Transition
 
 Modality = Literal["image", "text", "audio"]
@@ -59,6 +60,34 @@ class PreferencePair:
     score_rejected: float | None = None
     margin: float | None = None
     source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VlmPair:
+    """Two answers to one question about images, of which `chosen` is preferred.
+
+    `prompt` is the user's text without placeholders of images. `images` come before it, in order;
+    those of a video are its frames, and there may be none. The rest is as in `PreferencePair`.
+    `where` names the row of the file in messages.
+    """
+
+    pair_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    images: tuple[ImageRef, ...]
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    margin: float | None = None
+    source: str | None = None
+    where: str = ""
+
+
+class Question(NamedTuple):
+    """What a vision-language model is asked: a text without placeholders, about images."""
+
+    prompt: str
+    images: tuple[Image.Image | ImageRef, ...] = ()
 
 
 class LogRatios(NamedTuple):
@@ -155,6 +184,95 @@ class ImageAdapter(Protocol):
         eta: float,
     ) -> Transition:
         """Take a sampler step from a guided model output."""
+        ...
+
+
+class ImageInputs(NamedTuple):
+    """The images of one prefix as the model's processor prepares them.
+
+    `tensors` are keyword arguments of the model such as `pixel_values`; `key` identifies images and
+    preprocessing, for caches, and is None for images that are used once.
+    """
+
+    tensors: Mapping[str, Tensor]
+    key: str | None = None
+
+
+class ImageFeatures(NamedTuple):
+    """What the language model sees of the images of one prefix.
+
+    `embeds` (N, D) takes the place of the N image tokens; `deep` holds what some families add to
+    the hidden states of the first layers, (N, D) each. `tensors` are those of `ImageInputs` that
+    positions depend on.
+    """
+
+    embeds: Tensor
+    deep: tuple[Tensor, ...] = ()
+    tensors: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedVlmPair:
+    """A pair as tokens, without a batch dim.
+
+    Attributes:
+        pair_id: of the pair.
+        prefix_ids: template, images and question, up to where the answer begins, (P,).
+        prefix_text: True at the tokens of the user's own text, (P,): neither template nor image.
+        chosen_ids: answer with its end token, (R,).
+        rejected_ids: the same of the other side.
+        images: the images, None without any.
+        truncated: whether an answer was shortened to fit.
+    """
+
+    pair_id: str
+    prefix_ids: Tensor
+    prefix_text: Tensor
+    chosen_ids: Tensor
+    rejected_ids: Tensor
+    images: ImageInputs | None
+    truncated: bool = False
+
+
+class Branches(NamedTuple):
+    """A prefix (P,) and the answers (R,) each that are scored after it, all tokens."""
+
+    prefix_ids: Tensor
+    answers: tuple[Tensor, ...]
+    features: ImageFeatures | None
+
+
+class VlmAdapter(Protocol):
+    """One family of vision-language models, seen by everything else.
+
+    `model` is the model of transformers with whatever LoRA it has. `policy` computes `token_logps`
+    with it and is what a pipeline may replace by a wrapped one. `fingerprint` identifies weights,
+    processor and chat template, for cache keys.
+    """
+
+    family: str
+    model: nn.Module
+    policy: nn.Module
+    fingerprint: str
+
+    def encode_pair(self, pair: VlmPair, *, max_length: int | None = None) -> EncodedVlmPair:
+        """Turn a pair into tokens by the model's own chat template."""
+        ...
+
+    def encode_images(self, images: ImageInputs) -> ImageFeatures:
+        """Run the vision tower and the projector."""
+        ...
+
+    def token_logps(self, batch: Sequence[Branches], *, share_prefix: bool) -> list[list[Tensor]]:
+        """Score the answers of each prefix: log-probabilities (R,) float32 of their tokens."""
+        ...
+
+    def generate(self, questions: Sequence[Question], config: GenerationConfig) -> list[str]:
+        """Answer each question."""
+        ...
+
+    def yes_no(self, questions: Sequence[Question], batch_size: int) -> list[tuple[float, float]]:
+        """Give the probabilities that an answer begins with yes and with no, any case."""
         ...
 
 

@@ -64,10 +64,21 @@ from mmalign.config.parts import (
     SamplingConfig,
     TrainConfig,
 )
+from mmalign.config.vlm import (
+    LANGUAGE_TARGETS,
+    GenerationConfig,
+    VlmDpoConfig,
+    VlmFamily,
+    VlmLoraConfig,
+    VlmModelConfig,
+    VlmPairsConfig,
+    VlmPairsFormat,
+)
 
 __all__ = [
     "ATTENTION_TARGETS",
     "EVALUATION_SEED",
+    "LANGUAGE_TARGETS",
     "TRAIN_CONFIGS",
     "BudgetConfig",
     "BudgetUnit",
@@ -87,6 +98,7 @@ __all__ = [
     "ExportConfig",
     "Family",
     "GenerateConfig",
+    "GenerationConfig",
     "LoraConfig",
     "LossType",
     "MapoConfig",
@@ -112,6 +124,12 @@ __all__ = [
     "TailorpoConfig",
     "TrainConfig",
     "TrajectoryConfig",
+    "VlmDpoConfig",
+    "VlmFamily",
+    "VlmLoraConfig",
+    "VlmModelConfig",
+    "VlmPairsConfig",
+    "VlmPairsFormat",
     "as_path",
     "dump_config",
 ]
