@@ -11,6 +11,7 @@ from mmalign.config.compare import (
     CompareConfig,
     MethodConfig,
 )
+from mmalign.config.endpoint import EndpointConfig
 from mmalign.config.files import (
     as_path,
     dump_config,
@@ -92,6 +93,7 @@ __all__ = [
     "DiffusionKtoConfig",
     "DraftConfig",
     "DroConfig",
+    "EndpointConfig",
     "EnvConfig",
     "EvalConfig",
     "EvaluateImageConfig",
