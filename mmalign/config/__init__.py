@@ -65,6 +65,14 @@ from mmalign.config.parts import (
     SamplingConfig,
     TrainConfig,
 )
+from mmalign.config.topics import (
+    RoleBackend,
+    RoleConfig,
+    SimilarityConfig,
+    TopicCurriculumConfig,
+    TopicOverwriteConfig,
+    TopicStage,
+)
 from mmalign.config.vlm import (
     LANGUAGE_TARGETS,
     GenerationConfig,
@@ -120,10 +128,16 @@ __all__ = [
     "ReferenceConfig",
     "RewardConfig",
     "RocmConfig",
+    "RoleBackend",
+    "RoleConfig",
     "RunConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "SimilarityConfig",
     "TailorpoConfig",
+    "TopicCurriculumConfig",
+    "TopicOverwriteConfig",
+    "TopicStage",
     "TrainConfig",
     "TrajectoryConfig",
     "VlmDpoConfig",
