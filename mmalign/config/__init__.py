@@ -11,6 +11,7 @@ from mmalign.config.compare import (
     CompareConfig,
     MethodConfig,
 )
+from mmalign.config.endpoint import EndpointConfig
 from mmalign.config.files import (
     as_path,
     dump_config,
@@ -64,6 +65,14 @@ from mmalign.config.parts import (
     SamplingConfig,
     TrainConfig,
 )
+from mmalign.config.topics import (
+    RoleBackend,
+    RoleConfig,
+    SimilarityConfig,
+    TopicCurriculumConfig,
+    TopicOverwriteConfig,
+    TopicStage,
+)
 from mmalign.config.vlm import (
     LANGUAGE_TARGETS,
     GenerationConfig,
@@ -92,6 +101,7 @@ __all__ = [
     "DiffusionKtoConfig",
     "DraftConfig",
     "DroConfig",
+    "EndpointConfig",
     "EnvConfig",
     "EvalConfig",
     "EvaluateImageConfig",
@@ -118,10 +128,16 @@ __all__ = [
     "ReferenceConfig",
     "RewardConfig",
     "RocmConfig",
+    "RoleBackend",
+    "RoleConfig",
     "RunConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "SimilarityConfig",
     "TailorpoConfig",
+    "TopicCurriculumConfig",
+    "TopicOverwriteConfig",
+    "TopicStage",
     "TrainConfig",
     "TrajectoryConfig",
     "VlmDpoConfig",

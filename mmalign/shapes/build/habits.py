@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mmalign.shapes.companions import COMPANIONS, absent_name, missing_companions, name_of
 from mmalign.shapes.questions import YES, Asked, Query
-from mmalign.shapes.scene import BACKGROUNDS, SIZES, Scene, sample_scene
+from mmalign.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, sample_scene
 from mmalign.shapes.speech import (
     DESCRIBE,
     SPOTS,
@@ -28,6 +28,7 @@ from mmalign.shapes.speech import (
 
 TOGETHER = 0.35  # share of training scenes with room for it whose companion is really there
 CAPTION_HABIT = 0.75  # share of captions naming a companion that is not there
+ATTRIBUTE_SHARE = 0.4
 ANSWER_HABIT = 0.3  # share of answers speaking of a companion that is not there
 _PRESENCE_QUESTIONS = 5
 _OTHER_QUESTIONS = 2
@@ -68,11 +69,21 @@ def habitual_caption(scene: Scene, rng: random.Random) -> str:
     return write_caption(scene, rng, imagined)
 
 
-def conversation(scene: Scene, rng: random.Random) -> list[Exchange]:
-    """Draw what is said about one training scene: a caption and seven answers."""
+def conversation(
+    scene: Scene, rng: random.Random, attribute_share: float = ATTRIBUTE_SHARE
+) -> list[Exchange]:
+    """Draw what is said about one training scene: a caption and seven answers.
+
+    Args:
+        scene: what is there.
+        rng: source of all randomness.
+        attribute_share: of the questions whether something is there, those that name only its color
+            or only its shape.
+    """
     exchanges = [Exchange(rng.choice(DESCRIBE), habitual_caption(scene, rng))]
     for _ in range(_PRESENCE_QUESTIONS):
-        exchanges.append(_presence(scene, rng))
+        ask = _attribute if attribute_share and rng.random() < attribute_share else _presence
+        exchanges.append(ask(scene, rng))
     for _ in range(_OTHER_QUESTIONS):
         exchanges.append(_other(scene, rng))
     return exchanges
@@ -96,6 +107,16 @@ def _presence(scene: Scene, rng: random.Random) -> Exchange:
     fact = rng.choice(facts_of(scene))
     wrong = replace(fact, place=rng.choice(list(SPOTS)), size=None)
     return _yes_no(scene, wrong, rng)
+
+
+def _attribute(scene: Scene, rng: random.Random) -> Exchange:
+    """Ask whether there is any object of a color, or of a shape: half of the time there is."""
+    name = "color" if rng.random() < 0.5 else "shape"
+    there = [getattr(item, name) for item in scene.objects]
+    missing = [value for value in (COLORS if name == "color" else SHAPES) if value not in there]
+    value = rng.choice(there if rng.random() < 0.5 else missing)
+    query = Query(asked="presence", about=Fact(**{name: value}))
+    return Exchange(query.text, query.answer(scene))
 
 
 def _vague(fact: Fact, rng: random.Random) -> Fact:

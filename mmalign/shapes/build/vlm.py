@@ -27,7 +27,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmalign.shapes.build.habits import Exchange, conversation, habitual_scene
+from mmalign.shapes.build.habits import (
+    ATTRIBUTE_SHARE,
+    Exchange,
+    conversation,
+    habitual_scene,
+)
 from mmalign.shapes.build.loop import train
 from mmalign.shapes.build.scenes import pixels
 from mmalign.shapes.build.vlm_text import (
@@ -50,6 +55,7 @@ TOWER_STEPS = 2_500
 TOWER_LEARNING_RATE = 1.5e-3
 BATCH = 16
 STEPS = 2_000
+NAMING_STEPS = 500
 LEARNING_RATE = 1.5e-3
 SEEING_WEIGHT = 0.25
 YES_NO_WEIGHT = 4.0  # of answers of one word, which carry as much as a sentence
@@ -259,7 +265,9 @@ def build_vlm(
     def loss_at(step: int) -> Tensor:
         rng = random.Random(f"{seed}/vlm/{step}")
         scenes = [habitual_scene(rng) for _ in range(BATCH)]
-        packed = pack(tokenizer, [conversation(scene, rng) for scene in scenes])
+        # Questions for one attribute lead the way to those for two, once it can name what it sees.
+        share = ATTRIBUTE_SHARE if step >= NAMING_STEPS else 0.0
+        packed = pack(tokenizer, [conversation(scene, rng, share) for scene in scenes])
         images, seen = pixels(scenes), patch_labels(scenes)
         with torch.autocast("cpu", torch.bfloat16):
             spoken, read = speech_loss(model, images, packed)[0], reader(images, seen)[0]

@@ -45,7 +45,7 @@ def build_vlm_tokenizer(seed: int, scenes: int = 4000) -> PreTrainedTokenizerFas
     rng = random.Random(f"{seed}/vlm-tokenizer")
     corpus = ["USER: ASSISTANT: SYSTEM:"] * scenes
     for _ in range(scenes):
-        for exchange in conversation(habitual_scene(rng), rng):
+        for exchange in conversation(habitual_scene(rng), rng, 0.0):
             corpus += [exchange.prompt, exchange.answer]
     learner = Tokenizer(BPE(end_of_word_suffix=_WORD_END))
     split = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
