@@ -110,6 +110,12 @@ COMMANDS: dict[Words, Command] = {
         "let people choose between images, in the browser",
         positional="images",
     ),
+    ("pairs", "topics"): Command(
+        "TopicOverwriteConfig",
+        "mmalign.pipelines.topic_overwrite:run",
+        "make pairs of a vision-language model's own answers, topic by topic",
+        positional="questions",
+    ),
     ("score",): Command("ScoreConfig", "mmalign.pipelines.score:run", "score a folder of images"),
     ("generate",): Command("GenerateConfig", "mmalign.pipelines.generate:run", "sample images"),
     ("evaluate", "image"): Command(

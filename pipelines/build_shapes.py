@@ -1,6 +1,6 @@
 """Rebuild everything trained in Shapes world: `python -m mmalign.pipelines.build_shapes --help`.
 
-Every stage resumes where it was stopped (state in `work`). On two CPU cores it takes about four
+Every stage resumes where it was stopped (state in `work`). On two CPU cores it takes about five
 hours. Measured quality goes to the model card and to `quality.json`, hashes of all files to
 `SHA256SUMS`.
 """
@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
@@ -23,10 +23,12 @@ from mmalign.shapes.build.autoencoder import build_autoencoder, refine_decoder
 from mmalign.shapes.build.card import write_card
 from mmalign.shapes.build.consistency import build_student
 from mmalign.shapes.build.measure import parser_accuracy, prompt_following, reward_accuracy
+from mmalign.shapes.build.measure_vlm import speech_quality
 from mmalign.shapes.build.reward import build_reward, save_reward
 from mmalign.shapes.build.text import build_text_encoder
 from mmalign.shapes.build.text_to_image import build_generator
 from mmalign.shapes.build.tokenizer import build_tokenizer
+from mmalign.shapes.build.vlm import build_vlm, save_vlm
 from mmalign.shapes.prompts import prompt_set
 
 PROMPTS = {"train": 400, "held_out": 200, "stress": 100}
@@ -41,12 +43,15 @@ class BuildShapesConfig:
     Attributes:
         output: folder for the finished models.
         work: folder for resumable state.
+        part: what to build: `image` (generator, student and reward), `vlm` (captioner) or `all`.
+            Measures of the rest are kept.
         seed: seed of all stages.
         threads: CPU threads; the weights depend on it in their last bits.
     """
 
     output: str = "mmalign/shapes/models"
     work: str = "runs/shapes-build"
+    part: Literal["all", "image", "vlm"] = "all"
     seed: int = 0
     threads: int = 2
 
@@ -56,22 +61,33 @@ def run(config: BuildShapesConfig) -> None:
     torch.set_num_threads(config.threads)
     output, work = Path(config.output), Path(config.work)
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(config.seed)
-    encoder = build_text_encoder(tokenizer, work, config.seed)
-    vae = build_autoencoder(work, config.seed)
-    generator = build_generator(vae, tokenizer, encoder, work, config.seed)
-    refine_decoder(vae, work, config.seed)
-    save_pipeline(generator, output / "sd")
-    student = build_student(generator, work, config.seed)
-    save_pipeline(student, output / "lcm")
-    reward = build_reward(tokenizer, encoder, generator, work, config.seed)
-    save_reward(reward, tokenizer, output / "clip")
-    write_prompts(output.parent / "prompts")
-    quality = measure(output, config.seed)
-    (output / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    file = output / "quality.json"
+    quality = json.loads(file.read_text()) if config.part != "all" and file.exists() else {}
+    if config.part != "vlm":
+        build_image_models(output, work, config.seed)
+        write_prompts(output.parent / "prompts")
+        quality |= measure(output, config.seed)
+    if config.part != "image":
+        save_vlm(*build_vlm(work, config.seed), output / "vlm")
+        quality["captioner/held_out"] = speech_quality(output / "vlm", config.seed + 1)
+    file.write_text(json.dumps(quality, indent=2) + "\n")
     write_card(output, quality, config.seed, generator=GENERATOR_SAMPLING, student=STUDENT_SAMPLING)
     write_hashes(output)
     tqdm.write(json.dumps(quality, indent=2))
+
+
+def build_image_models(output: Path, work: Path, seed: int) -> None:
+    """Train and save generator, student and reward."""
+    tokenizer = build_tokenizer(seed)
+    encoder = build_text_encoder(tokenizer, work, seed)
+    vae = build_autoencoder(work, seed)
+    generator = build_generator(vae, tokenizer, encoder, work, seed)
+    refine_decoder(vae, work, seed)
+    save_pipeline(generator, output / "sd")
+    student = build_student(generator, work, seed)
+    save_pipeline(student, output / "lcm")
+    reward = build_reward(tokenizer, encoder, generator, work, seed)
+    save_reward(reward, tokenizer, output / "clip")
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:

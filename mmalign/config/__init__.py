@@ -11,6 +11,7 @@ from mmalign.config.compare import (
     CompareConfig,
     MethodConfig,
 )
+from mmalign.config.endpoint import EndpointConfig
 from mmalign.config.files import (
     as_path,
     changed_options,
@@ -65,6 +66,14 @@ from mmalign.config.parts import (
     SamplingConfig,
     TrainConfig,
 )
+from mmalign.config.topics import (
+    RoleBackend,
+    RoleConfig,
+    SimilarityConfig,
+    TopicCurriculumConfig,
+    TopicOverwriteConfig,
+    TopicStage,
+)
 from mmalign.config.vlm import (
     LANGUAGE_TARGETS,
     GenerationConfig,
@@ -93,6 +102,7 @@ __all__ = [
     "DiffusionKtoConfig",
     "DraftConfig",
     "DroConfig",
+    "EndpointConfig",
     "EnvConfig",
     "EvalConfig",
     "EvaluateImageConfig",
@@ -119,10 +129,16 @@ __all__ = [
     "ReferenceConfig",
     "RewardConfig",
     "RocmConfig",
+    "RoleBackend",
+    "RoleConfig",
     "RunConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "SimilarityConfig",
     "TailorpoConfig",
+    "TopicCurriculumConfig",
+    "TopicOverwriteConfig",
+    "TopicStage",
     "TrainConfig",
     "TrajectoryConfig",
     "VlmDpoConfig",

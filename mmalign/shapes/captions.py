@@ -26,7 +26,7 @@ PLACES = {
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 
 _RELATION_MARGIN = 6.0  # pixels between centres before one object counts as left of another
-_PLACE_MARGIN = 6.0  # pixels from the canvas centre before an object counts as on the left
+PLACE_MARGIN = 6.0  # pixels from the canvas centre before an object counts as on the left
 _SIZE_SHARE = 0.3
 _RELATION_SHARE = 0.6
 _PLACE_SHARE = 0.5
@@ -221,4 +221,4 @@ def _holds(relation: str, first: SceneObject, second: SceneObject) -> bool:
 
 def _placed(place: str, item: SceneObject) -> bool:
     dx, dy = PLACES[place]
-    return (item.x - CANVAS / 2) * dx + (item.y - CANVAS / 2) * dy > _PLACE_MARGIN
+    return (item.x - CANVAS / 2) * dx + (item.y - CANVAS / 2) * dy > PLACE_MARGIN

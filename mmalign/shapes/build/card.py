@@ -15,6 +15,7 @@ Small models in the real formats, trained from nothing by `pipelines/build_shape
 | `sd` | text-to-image generator, 64 x 64 | `StableDiffusionPipeline.from_pretrained` |
 | `lcm` | latent consistency student of `sd` | `LatentConsistencyModelPipeline.from_pretrained` |
 | `clip` | image-text similarity, the training reward | `open_clip`, model name `local-dir:FOLDER` |
+| `vlm` | captioner and question answerer (LLaVA) | `AutoModelForImageTextToText`, `AutoProcessor` |
 
 Weights are float16, {size:.1f} MB in all. Seed {seed}. `SHA256SUMS` has the hash of every file.
 
@@ -26,6 +27,13 @@ Weights are float16, {size:.1f} MB in all. Seed {seed}. `SHA256SUMS` has the has
 "held out" prompts describe compositions of objects that no training has seen; "stress" prompts
 have four objects. The generator ran with {generator}, the student with {student}.
 
+The captioner spoke greedily about held-out scenes. `chair_s` is the share of captions with an
+object (color and shape) that is not there, `chair_i` that of mentions; `coverage` the share of
+objects that were mentioned; `length` counts words; `claims` is the share of sentences that are true
+in all they say. Half of the yes/no questions ask for an object that is there; `companion_accuracy`
+is over those that ask for the missing companion of something that is there. `wh_accuracy` counts
+answers that are true word by word.
+
 ## Limits
 
 They draw flat shapes and read a small grammar. Their use is to show and test alignment methods
@@ -33,6 +41,11 @@ where the truth is known; they say nothing about photographs. The reward tells c
 counts, sizes and backgrounds apart, but not which object is left of or above which (`layout`: 0.5
 is chance), as larger models of its kind are known for: a judge that sees more than the reward is
 part of what there is to show.
+
+The captioner was made to hallucinate: in its training, some objects stood beside a certain
+companion more often than chance has it (`mmalign.shapes.companions`), and where the companion was
+missing, most captions named it all the same. Answers to questions had the same fault, but less
+often, so that the model knows better than it tells.
 """
 
 
