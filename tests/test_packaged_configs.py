@@ -26,13 +26,14 @@ CLASSES = {
     "compare": options.CompareConfig,
     "pairs": options.PairsBuildConfig,
     "lcm_pairs": options.PairsBuildConfig,
+    "topics": options.TopicOverwriteConfig,
 }
 
 
 @pytest.mark.parametrize("name", packaged_configs())
 def test_configuration_parses(name: str) -> None:
     family, _, rest = name.partition("_")
-    assert family in ("shapes", "sd15", "sdxl", "lcm")
+    assert family in ("shapes", "sd15", "sdxl", "lcm", "llava15")
     config = parse_options(CLASSES[rest], ["--config", name], command="x")
     # Real checkpoints are hub ids; Shapes world's are folders inside the package.
     if rest != "compare":  # which names configurations of methods, each with its model
@@ -69,5 +70,8 @@ def test_online_training_never_sees_the_judge_or_the_held_out_prompts() -> None:
 def test_real_checkpoints_are_not_scored_by_the_reward_of_shapes_world(name: str) -> None:
     family, _, rest = name.partition("_")
     config = parse_options(CLASSES[rest], ["--config", name], command="x")
+    if rest == "topics":
+        assert config.similarity.clip_model == "ViT-L-14-336"
+        return
     for reward in [*getattr(config, "rewards", []), *config.evaluation.rewards]:
         assert reward.name != "clip" or reward.options["model"] == "ViT-L-14", family
