@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,7 +68,7 @@ class ChatEndpoint:
         )
 
     def generate(self, questions: Sequence[Question], config: GenerationConfig) -> list[str]:
-        """Answer each question; the same one asked twice gets two seeds.
+        """Answer each question; its seed depends on it alone and how often it came before.
 
         Raises:
             EndpointError: with the `index` of the question that has no usable answer.
@@ -76,6 +77,8 @@ class ChatEndpoint:
         if config.num_beams != 1:
             raise InputError("endpoint: num_beams must be 1, servers offer no beam search")
 
+        seeds = _seeds(questions, config.seed)
+
         def ask(index: int, question: Question) -> str:
             return self._text(
                 {
@@ -83,7 +86,7 @@ class ChatEndpoint:
                     "max_tokens": config.max_new_tokens,
                     "temperature": config.temperature,
                     "top_p": config.top_p,
-                    "seed": derive_seed(config.seed, index) % LARGEST_SEED,
+                    "seed": seeds[index],
                 }
             )
 
@@ -169,6 +172,17 @@ class ChatEndpoint:
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise self._client.failure(f"its reply has no choices: {excerpt(reply)}")
         return reply, choices[0]
+
+
+def _seeds(questions: Sequence[Question], seed: int) -> list[int]:
+    """Give the same question about the same images another seed each time."""
+    before: Counter[tuple[Any, ...]] = Counter()
+    seeds = []
+    for question in questions:
+        key = (question.prompt, *map(id, question.images))
+        seeds.append(derive_seed(seed, question.prompt, before[key]) % LARGEST_SEED)
+        before[key] += 1
+    return seeds
 
 
 def _headers(variable: str | None) -> dict[str, str]:

@@ -30,6 +30,7 @@ CLASSES = {
     "lcm_pairs": options.PairsBuildConfig,
     "vlm_dpo": options.VlmDpoConfig,
     "tars": options.VlmDpoConfig,
+    "topics": options.TopicOverwriteConfig,
 }
 VLM_FAMILIES = ("llava15", "qwen25vl")
 
@@ -86,5 +87,8 @@ def test_presets_of_configurations_exist(name: str) -> None:
 def test_real_checkpoints_are_not_scored_by_the_reward_of_shapes_world(name: str) -> None:
     family, _, rest = name.partition("_")
     config = parse_options(CLASSES[rest], ["--config", name], command="x")
+    if rest == "topics":
+        assert config.similarity.clip_model == "ViT-L-14-336"
+        return
     for reward in [*getattr(config, "rewards", []), *config.evaluation.rewards]:
         assert reward.name != "clip" or reward.options["model"] == "ViT-L-14", family

@@ -119,8 +119,8 @@ class TopicOverwriteConfig(VlmModelConfig):
         min_topics: contested facts that a template must have.
         fallback: questions without a template give the answers with the best and the worst mean
             score (`mean_score`, the authors), or no pair (`drop`).
-        on_bad_rewrite: answers whose rewriting went wrong are replaced by the best or worst answer
-            (`fallback`, the authors), or the pair is left out (`drop`).
+        on_bad_rewrite: leave out pairs of which an answer was rewritten badly (`drop`), or put the
+            best or worst answer in its place (`fallback`, the authors).
         rescore: score rewritten answers and leave out pairs that came out in the wrong order.
         curriculum: from obvious to subtle rejected answers.
         chunk: questions after which progress is saved.
@@ -162,7 +162,7 @@ class TopicOverwriteConfig(VlmModelConfig):
     template: Literal["random", "min_edit"] = "random"
     min_topics: int = 3
     fallback: Literal["mean_score", "drop"] = "mean_score"
-    on_bad_rewrite: Literal["fallback", "drop"] = "fallback"
+    on_bad_rewrite: Literal["drop", "fallback"] = "drop"
     rescore: bool = True
     curriculum: TopicCurriculumConfig = field(default_factory=TopicCurriculumConfig)
     chunk: int = 16

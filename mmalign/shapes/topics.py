@@ -84,9 +84,10 @@ class ShapesLabeller:
 
 
 class ShapesRewriter:
-    """Replaces sentences; one that is rightly said not to be there is left out instead.
+    """Replaces sentences; what the answer says already, in whatever words, is not said again.
 
-    So a hallucinated object goes without a trace, while a false denial stands in the answer.
+    What is rightly said not to be there is left out instead: a hallucinated object goes without a
+    trace, while a false denial stands in the answer.
     """
 
     def rewrite(self, requests: Sequence[RewriteRequest]) -> list[str]:
@@ -95,10 +96,15 @@ class ShapesRewriter:
 
     def _rewrite(self, request: RewriteRequest) -> str:
         scene, edits = _scene(request.question), dict(request.edits)
-        sentences: list[str] = []
-        for sentence in split_sentences(request.answer):
-            new = edits.get(sentence, sentence)
-            if new not in sentences and (new == sentence or not _is_true_denial(new, scene)):
+        original = split_sentences(request.answer)
+        said = [_read(sentence) for sentence in original if sentence not in edits]
+        sentences = []
+        for sentence in original:
+            new = edits.get(sentence)
+            if new is None:
+                sentences.append(sentence)
+            elif _read(new) not in said and not _is_true_denial(new, scene):
+                said.append(_read(new))
                 sentences.append(new)
         return " ".join(sentences)
 

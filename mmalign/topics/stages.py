@@ -76,11 +76,10 @@ class Sample(Stage):
         return Cost(generations=self.config.responses * len(items))
 
     def run(self, items: Sequence[Item]) -> list[Result]:
-        """Draws are keyed by (seed, question), whatever else is asked."""
-        return [
-            {"answers": answer_each(self, item, [item.ask()] * self.config.responses)}
-            for item in items
-        ]
+        """A model keys the draws of a question by its content, whatever else it is asked."""
+        asked = [[item.ask()] * self.config.responses for item in items]
+        answers = answer_all(self, items, asked, self.config.sampling)
+        return [{"answers": texts} for texts in answers]
 
 
 class Split(Stage):
@@ -186,20 +185,29 @@ class Resample(Stage):
         return Cost(generations=self.config.resamples * facts)
 
     def run(self, items: Sequence[Item]) -> list[Result]:
-        """Draws are keyed by (seed, question), whatever else is asked."""
-        return [{"answers": self._answers(item)} for item in items]
-
-    def _answers(self, item: Item) -> list[list[list[str]]]:
-        writer, repeats = self.team.writer.worker(), self.config.resamples
-        facts = item.results["ask"]["facts"]
-        questions = [
-            item.ask(writer.prompt(question, fact))
-            for answer in facts
-            for fact, question in answer
-            for _ in range(repeats)
+        """A model keys the draws of a question by its content, whatever else it is asked."""
+        asked = [self._questions(item) for item in items]
+        replies = answer_all(self, items, asked, self.config.resampling)
+        return [
+            {"answers": self._arrange(item, texts)}
+            for item, texts in zip(items, replies, strict=True)
         ]
-        replies = iter(answer_each(self, item, questions))
-        return [[[next(replies) for _ in range(repeats)] for _ in answer] for answer in facts]
+
+    def _questions(self, item: Item) -> list[Question]:
+        prompt = self.team.writer.worker().prompt
+        return [
+            item.ask(prompt(question, fact))
+            for answer in item.results["ask"]["facts"]
+            for fact, question in answer
+            for _ in range(self.config.resamples)
+        ]
+
+    def _arrange(self, item: Item, texts: Sequence[str]) -> list[list[list[str]]]:
+        replies, repeats = iter(texts), self.config.resamples
+        return [
+            [[next(replies) for _ in range(repeats)] for _ in answer]
+            for answer in item.results["ask"]["facts"]
+        ]
 
 
 class Verify(Stage):
@@ -299,17 +307,18 @@ def drawing(generation: GenerationConfig) -> dict[str, Any]:
     return options
 
 
-def answer_each(stage: Sample | Resample, item: Item, questions: Sequence[Question]) -> list[str]:
-    """Have the model answer questions about one image, with draws that depend on it alone."""
-    config = stage.config.sampling if isinstance(stage, Sample) else stage.config.resampling
-    seeded = replace(config, seed=derive_seed(stage.config.seed, stage.name, item.id))
+def answer_all(
+    stage: Stage, items: Sequence[Item], asked: Sequence[Sequence[Question]], how: GenerationConfig
+) -> list[list[str]]:
+    """Have the model answer questions about several images at once, equal ones again each time."""
+    config = replace(how, seed=derive_seed(stage.config.seed, stage.name))
     batch = Batch[Question]()
-    for number, question in enumerate(questions):
-        batch.add(item, question, number)
+    for item, questions in zip(items, asked, strict=True):
+        for number, question in enumerate(questions):
+            batch.add(item, question, (item.id, number))
     model = stage.team.answerer
-    return [
-        text.strip() for text in batch.run(lambda asked: model.worker().generate(asked, seeded))
-    ]
+    texts = iter(batch.run(lambda questions: model.worker().generate(questions, config)))
+    return [[next(texts).strip() for _ in questions] for questions in asked]
 
 
 def add_check(batch: Batch[Question], item: Item, check: Sequence[Any]) -> int:

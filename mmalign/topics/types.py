@@ -74,7 +74,10 @@ class RewriteRequest(NamedTuple):
 class AnsweringModel(Protocol):
     """What topic overwriting needs of a model: a `VlmAdapter` or a `ChatEndpoint`."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Identify the model, for cache keys."""
+        ...
 
     def generate(self, questions: Sequence[Question], config: GenerationConfig) -> list[str]:
         """Answer each question."""

@@ -152,9 +152,9 @@ ANSWER = "The background is gray. A red star is at the top left. A blue star is 
             "Nothing is at the top left.",
             "The background is gray. Nothing is at the top left. A blue star is on the right.",
         ),
-        (  # said already
+        (  # said already, in other words
             "A red star is at the top left.",
-            "A blue star is on the right.",
+            "There is a blue star on the right.",
             "The background is gray. A blue star is on the right.",
         ),
         ("The sky is blue.", "It rains.", ANSWER),

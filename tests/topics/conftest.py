@@ -6,6 +6,7 @@ are about the same thing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +47,12 @@ class World:
     def generate(self, questions: Sequence[Question], config: GenerationConfig) -> list[str]:
         self._note("generate", len(questions))
         answers = []
-        for index, question in enumerate(questions):
-            draw = derive_seed(config.seed, index, question.prompt)
+        seen: Counter[tuple[bytes, str]] = Counter()
+        for question in questions:
+            picture: Any = question.images[0]
+            key = (picture.tobytes(), question.prompt)
+            draw = derive_seed(config.seed, key[0].hex(), key[1], seen[key])
+            seen[key] += 1
             if question.prompt.startswith("What is the "):
                 things = [question.prompt.removeprefix("What is the ").rstrip("?")]
             else:

@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_and_ends_alike(setting: Any, world: Any) -> None:
     whole = (folder / "sample.jsonl").read_bytes()
     (folder / "sample.jsonl").unlink()
     world.log.clear()
-    world.fail_after = 12  # the third question; questions are saved two by two
+    world.fail_after = 12  # in the second pair of questions; they are saved two by two
     items, sample, _, _ = setting()
     with pytest.raises(KeyboardInterrupt):
         run_stage(sample, items, folder)
