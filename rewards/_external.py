@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from mmalign.data.images import encode_png
+from mmalign.endpoint import MAX_REPLY_BYTES, excerpt
 from mmalign.scoring import BadScoreError, ScorerError
 from mmalign.types import InputError, Modality
 
-MAX_REPLY_BYTES = 2**20
 UNBOUNDED = (float("-inf"), float("inf"))
 
 
@@ -81,7 +81,7 @@ class ExternalReward(ABC):
         """Read the rewards of the samples from `start` on."""
         rewards = self._content(reply).get("rewards")
         if not isinstance(rewards, list):
-            raise self._failure(f'"rewards" of its reply is not a list: {_excerpt(reply)}')
+            raise self._failure(f'"rewards" of its reply is not a list: {excerpt(reply)}')
         if len(rewards) != count:
             raise BadScoreError(f"returned {len(rewards)} instead of {count} scores", None)
         for index, value in enumerate(rewards):
@@ -96,9 +96,9 @@ class ExternalReward(ABC):
             content = json.loads(reply)
         except (ValueError, RecursionError):
             kind = "an HTML page" if reply.lstrip()[:1] == b"<" else "something else"
-            raise self._failure(f"its reply is {kind}, not JSON: {_excerpt(reply)}") from None
+            raise self._failure(f"its reply is {kind}, not JSON: {excerpt(reply)}") from None
         if not isinstance(content, dict):
-            raise self._failure(f"its reply is not a JSON object: {_excerpt(reply)}")
+            raise self._failure(f"its reply is not a JSON object: {excerpt(reply)}")
         if "rewards" not in content:
             said = content.get("error", f"the keys are {', '.join(map(str, content)) or 'none'}")
             raise self._failure(f'its reply has no "rewards": {str(said)[:200]}')
@@ -118,9 +118,3 @@ def _is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         return False
-
-
-def _excerpt(reply: bytes) -> str:
-    """Show the beginning of a reply on one line."""
-    text = " ".join(reply[:400].decode("utf-8", "replace").split())
-    return repr(text[:80]) if text else "it is empty"

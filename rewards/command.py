@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import IO
 
-from mmalign.rewards._external import MAX_REPLY_BYTES, UNBOUNDED, ExternalReward
+from mmalign.endpoint import MAX_REPLY_BYTES
+from mmalign.rewards._external import UNBOUNDED, ExternalReward
 from mmalign.types import InputError
 
 GRACE = 2.0

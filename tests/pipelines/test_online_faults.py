@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmalign import endpoint
 from mmalign.checkpoint import latest_checkpoint, load_checkpoint
 from mmalign.cli import main
-from mmalign.rewards import http
 
 calls = 0
 """How often the reward below has been called."""
@@ -226,7 +226,7 @@ def test_program_that_fails_on_the_way(fault: str, message: str, run: Any, tmp_p
 def test_server_that_fails_on_the_way(
     fault: str, message: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.0)
 
     class Scorer(BaseHTTPRequestHandler):
         answered = False

@@ -24,8 +24,9 @@ import torch
 import yaml
 from PIL import Image
 
+from mmalign import endpoint
 from mmalign.config import RewardConfig
-from mmalign.rewards import http, load_reward
+from mmalign.rewards import load_reward
 from mmalign.scoring import score_samples
 from mmalign.types import InputError
 
@@ -84,7 +85,7 @@ def over_http(url: str, **options: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.0)
 
 
 def test_http_sends_what_the_protocol_says_in_batches() -> None:
@@ -345,7 +346,7 @@ def test_documented_program_and_server_agree(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    monkeypatch.setattr(http, "FIRST_PAUSE", 0.2)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.2)
     by_http["options"] |= {"url": f"http://127.0.0.1:{port}/", "retries": 20}
     process = subprocess.Popen([sys.executable, "server.py", str(port)], stderr=subprocess.DEVNULL)
     try:
