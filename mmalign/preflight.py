@@ -36,6 +36,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "candidates_per_prompt": (2, _INF),
     "caption_dropout": (0, 1),
     "clip_range": (0, 1),
+    "concurrency": (1, _INF),
     "curve_points": (0, _INF),
     "curve_prompts": (1, _INF),
     "decode_batch_size": (1, _INF),
@@ -58,6 +59,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "max_grad_norm": (0, _INF),
     "max_pixels": (1, _INF),
     "max_steps": (1, _INF),
+    "max_tokens": (1, _INF),
     "min_gap": (0, _INF),
     "num_buckets": (1, _INF),
     "num_ddim_timesteps": (1, _INF),
@@ -74,14 +76,19 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "rank": (1, _INF),
     "reference_decay": (0, 1),
     "reference_update_steps": (1, _INF),
+    "resamples": (1, _INF),
     "resolution": (8, _INF),
+    "retries": (0, _INF),
     "rounds": (1, _INF),
     "save_steps": (0, _INF),
     "save_total_limit": (1, _INF),
     "seed": (0, 2**63 - 1),
     "seeds": (1, _INF),
     "shard": (0, _INF),
+    "similarity_score": (0, 1),
     "stage_steps": (1, _INF),
+    "temperature": (0, _INF),
+    "timeout": (0, _INF),
     "top_k": (2, _INF),
     "train_steps": (1, _INF),
     "warmup_steps": (0, _INF),
@@ -89,7 +96,10 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "width": (8, _INF),
 }
 """Inclusive bounds by the last part of an option's name."""
-INPUT_PATHS = {"path", "prompts", "images"}
+INPUT_PATHS = {
+    *("path", "prompts", "images", "responses", "labels", "annotations", "vocabulary"),
+    *("questions", "reviews"),
+}
 MODELS = {"model", "adapter", "base_adapter", "teacher"}
 OUTPUT_PATHS = {"output_dir", "output", "cache_dir"}
 PREVIEW_ROWS = 64
