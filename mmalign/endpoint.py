@@ -25,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class EndpointError(InputError):
-    """A server gave no usable answer; the message is whole."""
+    """A server gave no usable answer; the message is whole.
+
+    `index` is the number of the question of a batch that failed, where there is one.
+    """
+
+    index: int | None = None
 
 
 class JsonClient:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmalign.data.images import encode_png
-from mmalign.endpoint import MAX_REPLY_BYTES, excerpt
+from mmalign.endpoint import excerpt
 from mmalign.scoring import BadScoreError, ScorerError
 from mmalign.types import InputError, Modality
 

@@ -11,6 +11,7 @@ from mmalign.config.compare import (
     CompareConfig,
     MethodConfig,
 )
+from mmalign.config.endpoint import EndpointConfig
 from mmalign.config.files import (
     as_path,
     dump_config,
@@ -105,6 +106,7 @@ __all__ = [
     "DiffusionKtoConfig",
     "DraftConfig",
     "DroConfig",
+    "EndpointConfig",
     "EnvConfig",
     "EvalConfig",
     "EvaluateAmberConfig",
