@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mmalign.endpoint import JsonClient, excerpt
+from mmalign.chat import ChatEndpoint
+from mmalign.config import GenerationConfig
 from mmalign.hallucination.judge import Judge
-from mmalign.types import InputError
+from mmalign.types import InputError, Question
 
 if TYPE_CHECKING:
     from mmalign.config import JudgeConfig
 
-BUSY = (408, 409, 425, 429)
-"""Statuses that ask to come back later, as servers of language models give them."""
+REPLIES = "judge_replies.jsonl"
 
 
 def endpoint_judge(config: JudgeConfig, folder: Path) -> Judge:
@@ -24,24 +23,18 @@ def endpoint_judge(config: JudgeConfig, folder: Path) -> Judge:
     Raises:
         InputError: no address or model, or an environment variable without a key.
     """
-    if not config.url or not config.model_name:
-        raise InputError("judge.url and judge.model_name are required for an endpoint as judge")
-    client = JsonClient(
-        f"{config.url.rstrip('/')}/chat/completions",
-        label=f"judge {config.model_name}",
-        timeout=config.timeout,
-        retries=config.retries,
-        headers=_headers(config.api_key_env),
-        retry_statuses=BUSY,
+    endpoint = ChatEndpoint(config)
+    settings = GenerationConfig(
+        max_new_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed
     )
 
     def ask(prompt: str) -> str:
-        return _text(client.post(json.dumps(_request(config, prompt)).encode()))
+        return endpoint.generate([Question(prompt)], settings)[0]
 
     return Judge(
         ask,
-        name=json.dumps([config.url, _request(config, "")], sort_keys=True),
-        replies=folder / "judge_replies.jsonl",
+        name=f"{endpoint.fingerprint} {sorted(asdict(settings).items())}",
+        replies=folder / REPLIES,
         concurrency=config.concurrency,
         attempts=config.retries + 1,
     )
@@ -57,37 +50,3 @@ def check_judge(config: JudgeConfig, *, used: bool) -> None:
         raise InputError(
             "judge.url is given, but judge_by is not endpoint: say --judge_by endpoint"
         )
-
-
-def _request(config: JudgeConfig, prompt: str) -> dict[str, Any]:
-    return {
-        "model": config.model_name,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": config.temperature,
-        "max_tokens": config.max_tokens,
-        **config.extra,
-    }
-
-
-def _headers(variable: str | None) -> dict[str, str]:
-    if variable is None:
-        return {}
-    key = os.environ.get(variable, "").strip()
-    if not key or not key.isascii() or not key.isprintable():
-        raise InputError(f"judge.api_key_env: the environment variable {variable} has no key")
-    return {"Authorization": f"Bearer {key}"}
-
-
-def _text(reply: bytes) -> str:
-    """Take the text out of a chat completion.
-
-    Raises:
-        ValueError: saying what came instead.
-    """
-    try:
-        text = json.loads(reply)["choices"][0]["message"]["content"]
-    except (ValueError, RecursionError, KeyError, IndexError, TypeError):
-        raise ValueError(f"its reply is no chat completion: {excerpt(reply)}") from None
-    if not isinstance(text, str):
-        raise ValueError(f"its reply has no text: {excerpt(reply)}")
-    return text

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from mmalign.config.endpoint import EndpointConfig
 from mmalign.config.parts import OnBadRow
 from mmalign.config.vlm import GenerationConfig, VlmModelConfig
 
@@ -12,30 +13,18 @@ Strict = Literal["official", "fixed"]
 
 
 @dataclass(kw_only=True)
-class JudgeConfig:
+class JudgeConfig(EndpointConfig):
     """A language model behind an OpenAI-compatible server that judges answers.
 
     Attributes:
-        url: base address, such as `http://127.0.0.1:8000/v1`.
-        model_name: model as the server calls it.
-        api_key_env: environment variable that holds the key, if the server wants one.
         temperature: of the judge; 0 for the same reply every time.
         max_tokens: longest reply.
-        timeout: seconds that one attempt may take.
-        retries: attempts after the first, when the server is out of reach or its reply unusable.
-        concurrency: requests under way at a time.
-        extra: further fields of every request.
+        seed: sent with every request.
     """
 
-    url: str = ""
-    model_name: str = ""
-    api_key_env: str | None = None
     temperature: float = 0.0
     max_tokens: int = 1024
-    timeout: float = 120.0
-    retries: int = 3
-    concurrency: int = 8
-    extra: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(kw_only=True)

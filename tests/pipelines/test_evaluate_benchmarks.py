@@ -265,7 +265,7 @@ BAD: list[tuple[str, str, Edit | None, str]] = [
         "no answer for 2 of 2",
     ),
     ("objhal", RUNS["objhal"] + " --judge.url http://x", None, "judge_by is not endpoint"),
-    ("objhal", RUNS["objhal"] + " --judge_by endpoint", None, "judge.url and judge.model_name"),
+    ("objhal", RUNS["objhal"] + " --judge_by endpoint", None, "url and model_name are required"),
     (
         "pope",
         "--responses pope.jsonl --annotations . --split easy",
@@ -431,8 +431,8 @@ def test_ratings_by_a_language_model(files: Path) -> None:
     [
         (500, "x", "answers 500"),
         (401, "x", "answers 401"),
-        (200, b"<html>down</html>", "its reply is no chat completion"),
-        (200, {"choices": []}, "its reply is no chat completion"),
+        (200, b"<html>down</html>", "its reply is an HTML page, not JSON"),
+        (200, {"choices": []}, "its reply has no choices"),
         (200, {"choices": [{"message": {"content": None}}]}, "has no text"),
         (200, "I would rather not say.", "has no 'Rating: N'"),
     ],
@@ -453,7 +453,7 @@ def test_judge_that_is_down(files: Path, capsys: pytest.CaptureFixture[str]) -> 
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     run("objhal", RUNS["objhal"] + judged(url, retries=0), code=2)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: objhal.jsonl line 1: judge judge: http://127.0.0.1:")
+    assert error.startswith("error: objhal.jsonl line 1: endpoint judge: http://127.0.0.1:")
     assert "cannot be reached" in error
 
 
