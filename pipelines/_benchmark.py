@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from mmalign.config import dump_config
 from mmalign.data.files import write_bytes, write_jsonl
-from mmalign.data.images import SUFFIXES, open_image
+from mmalign.data.images import SUFFIXES, hash_image, open_image
+from mmalign.hallucination.kept import KeptReplies
 from mmalign.hallucination.outcome import Case, Outcome, worst_first
-from mmalign.hallucination.records import image_id
+from mmalign.hallucination.records import clean, image_id
 from mmalign.report import RunSummary, library_versions, peak_memory_mib, render, write_summary
 from mmalign.types import ImageRef, InputError, Question
 
@@ -46,6 +47,11 @@ class Task(NamedTuple):
 
     question: Question
     row: Mapping[str, Any]
+
+
+def as_written(name: str) -> int | str:
+    """Write an id as the official files do: numbers as numbers."""
+    return int(name) if name.isdecimal() and name.isascii() else name
 
 
 class Wording(NamedTuple):
@@ -78,12 +84,15 @@ def answers_file(config: BenchmarkConfig, tasks: Callable[[], Sequence[Task]], k
     path = Path(config.output_dir) / "responses.jsonl"
     answers = generate_responses(config, [task.question for task in asked])
     rows = zip(asked, answers, strict=True)
-    write_jsonl(path, [{**task.row, key: answer} for task, answer in rows])
+    write_jsonl(path, [{**task.row, key: clean(answer)} for task, answer in rows])
     return path
 
 
 def generate_responses(config: BenchmarkConfig, questions: Sequence[Question]) -> list[str]:
     """Have the model answer questions, with a bar.
+
+    Answers are kept in `model_answers.jsonl` as they come, keyed by model, settings, question and
+    image: the same command again goes on where it was interrupted.
 
     Raises:
         InputError: if the model or an image cannot be used.
@@ -92,14 +101,19 @@ def generate_responses(config: BenchmarkConfig, questions: Sequence[Question]) -
     from mmalign.pipelines._evaluation import resolve_device
 
     adapter: VlmAdapter = load_vlm(config, resolve_device(config.device))
+    kept = KeptReplies(Path(config.output_dir) / "model_answers.jsonl")
+    name = f"{adapter.fingerprint} {config.dtype} {sorted(asdict(config.generation).items())}"
+    keys = [kept.key(name, q.prompt, *map(_image_key, q.images)) for q in questions]
+    waiting = [index for index, key in enumerate(keys) if kept.get(key) is None]
     size = config.generation.batch_size * SAVED_EVERY
-    answers: list[str] = []
     with tqdm(total=len(questions), desc="answer", unit="question") as bar:
-        for start in range(0, len(questions), size):
-            part = questions[start : start + size]
-            answers += adapter.generate(part, config.generation)
+        bar.update(len(questions) - len(waiting))
+        for start in range(0, len(waiting), size):
+            part = waiting[start : start + size]
+            answers = adapter.generate([questions[i] for i in part], config.generation)
+            kept.keep((keys[i], answer) for i, answer in zip(part, answers, strict=True))
             bar.update(len(part))
-    return answers
+    return [kept.get(key) or "" for key in keys]
 
 
 class Images:
@@ -273,6 +287,11 @@ def _picture(ref: ImageRef | None, max_pixels: int) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _image_key(image: object) -> str:
+    assert isinstance(image, ImageRef)  # as `Images` finds them
+    return hash_image(image).hex()
 
 
 def _case_row(case: Case) -> dict[str, Any]:

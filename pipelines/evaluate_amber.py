@@ -20,7 +20,7 @@ from mmalign.hallucination.records import (
     text_field,
     without_doubles,
 )
-from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, finish
+from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, as_written, finish
 from mmalign.types import InputError, Question
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _tasks(config: EvaluateAmberConfig, folder: Path, truth: amber.Amber) -> lis
             text = text_field(record, "query")
             suffix = "" if category == "generative" else config.question_suffix
             image = images.need(text_field(record, "image"), record.where)
-            found[key] = Task(Question(text + suffix, (image,)), {"id": int(key)})
+            found[key] = Task(Question(text + suffix, (image,)), {"id": as_written(key)})
     if not found:
         raise InputError(f"{folder} has no questions ({', '.join(QUERIES)}) of type {kind}")
     return list(found.values())

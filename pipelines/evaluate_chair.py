@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mmalign.hallucination import chair
 from mmalign.hallucination.captions import read_captions
 from mmalign.hallucination.objects import read_labels
-from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, finish
+from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, as_written, finish
 from mmalign.pipelines._objects import known_objects, load_vocabulary
 from mmalign.types import Question
 
@@ -54,7 +54,7 @@ def _tasks(config: EvaluateChairConfig, vocabulary: Vocabulary) -> list[Task]:
     return [
         Task(
             Question(config.prompt, (images.need(name, where),)),
-            {"image_id": name, "question": config.prompt},
+            {"image_id": as_written(name), "question": config.prompt},
         )
         for name in names
     ]

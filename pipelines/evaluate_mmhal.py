@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from mmalign.hallucination import mmhal, mmhal_rule
-from mmalign.hallucination.records import id_field, read_records, text_field
+from mmalign.hallucination.records import clean, id_field, read_records, text_field
 from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, finish
 from mmalign.pipelines._judge import check_judge, endpoint_judge
 from mmalign.types import InputError, Question
@@ -84,7 +84,7 @@ def _rating(config: EvaluateMmhalConfig, item: mmhal.Item, reply: str) -> mmhal.
         score = mmhal.parse_rating(reply, config.strict)
     except ValueError as error:
         raise InputError(f"{item.where}: {config.reviews}: {error}") from error
-    return mmhal.Rating(score, " ".join(reply.split())[:SHOWN_REASON])
+    return mmhal.Rating(score, clean(" ".join(reply.split())[:SHOWN_REASON]))
 
 
 def _reading_warnings(config: EvaluateMmhalConfig, replies: Sequence[str]) -> list[str]:

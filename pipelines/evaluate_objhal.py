@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from mmalign.hallucination import objhal
 from mmalign.hallucination.captions import Caption, read_captions
 from mmalign.hallucination.records import id_field, image_id, read_records, text_field
-from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, finish
+from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, as_written, finish
 from mmalign.pipelines._judge import check_judge, endpoint_judge
 from mmalign.pipelines._objects import known_objects, load_vocabulary
 from mmalign.types import InputError, Question
@@ -76,5 +76,7 @@ def _tasks(config: EvaluateObjhalConfig) -> list[Task]:
         name = image_id(id_field(record, "image_id"))
         text = text_field(record, *QUESTION_KEYS)
         image = images.need(name, record.where)
-        tasks.append(Task(Question(text, (image,)), {"image_id": name, "question": text}))
+        tasks.append(
+            Task(Question(text, (image,)), {"image_id": as_written(name), "question": text})
+        )
     return tasks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mmalign.hallucination import pope
 from mmalign.hallucination.bootstrap import Counts, intervals, totals
 from mmalign.hallucination.outcome import Outcome
-from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, finish
+from mmalign.pipelines._benchmark import Images, Task, Wording, answers_file, as_written, finish
 from mmalign.types import InputError, Question
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _tasks(config: EvaluatePopeConfig, questions: list[pope.Question], labels: P
                 question.text + config.question_suffix,
                 (images.need(question.image, f"{labels} question {question.question_id}"),),
             ),
-            {"question_id": question.question_id, "question": question.text},
+            {"question_id": as_written(question.question_id), "question": question.text},
         )
         for question in questions
     ]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from mmalign.data.files import read_text
 from mmalign.hallucination.records import (
     Record,
+    clean,
     id_field,
     image_id,
     read_json,
@@ -52,7 +53,9 @@ def read_captions(
     found = []
     for key, record in keyed:
         asked = next((record.fields[k] for k in question_keys if k in record.fields), "")
-        found.append(Caption(key, str(asked), text_field(record, *text_keys).strip(), record.where))
+        found.append(
+            Caption(key, clean(str(asked)), text_field(record, *text_keys).strip(), record.where)
+        )
     return found
 
 

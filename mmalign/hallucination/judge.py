@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from mmalign.data.files import read_jsonl, writing
-from mmalign.data.schema import RowError
 from mmalign.endpoint import EndpointError
+from mmalign.hallucination.kept import KeptReplies
 from mmalign.types import InputError
 
 Parsed = TypeVar("Parsed")
@@ -48,10 +45,8 @@ class Judge:
         Raises:
             InputError: if the file of replies cannot be read.
         """
-        self._ask, self._name, self._path = ask, name, replies
+        self._ask, self._name, self._kept = ask, name, KeptReplies(replies)
         self._concurrency, self._attempts = concurrency, attempts
-        self._lock = threading.Lock()
-        self._known = _read_replies(replies)
 
     def ask_all(
         self,
@@ -94,10 +89,11 @@ class Judge:
                 stop.set()
 
     def _reply(self, prompt: str, parse: Callable[[str], Parsed], where: str) -> Parsed:
-        key = hashlib.blake2b(f"{self._name}\x1f{prompt}".encode(), digest_size=16).hexdigest()
-        if key in self._known:
+        key = self._kept.key(self._name, prompt)
+        known = self._kept.get(key)
+        if known is not None:
             with suppress(ValueError):  # kept by a run that read replies otherwise: ask again
-                return parse(self._known[key])
+                return parse(known)
         problem, reply = "", ""
         for _ in range(self._attempts):
             try:
@@ -109,31 +105,6 @@ class Judge:
                 shown = " ".join(reply.split())[:80]
                 problem = f"{error}{f': {shown!r}' if shown else ''}"
                 continue
-            self._keep(key, reply)
+            self._kept.keep([(key, reply)])
             return parsed
         raise InputError(f"{where}: judge: {problem} ({self._attempts} attempts)")
-
-    def _keep(self, key: str, reply: str) -> None:
-        line = json.dumps({"request": key, "reply": reply}) + "\n"
-        with self._lock, writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(line)
-            self._known[key] = reply
-
-
-def _read_replies(path: Path) -> dict[str, str]:
-    """Read what an earlier run kept; a last line that was cut off is ended, and asked for again."""
-    if not path.exists():
-        return {}
-    found: dict[str, str] = {}
-    for _, row in read_jsonl(path):
-        if isinstance(row, RowError):
-            continue
-        request, reply = row.get("request"), row.get("reply")
-        if isinstance(request, str) and isinstance(reply, str):
-            found[request] = reply
-    with writing(path), path.open("rb+") as stream:
-        if stream.seek(0, 2) and (stream.seek(-1, 2), stream.read(1))[1] != b"\n":
-            stream.write(b"\n")
-    return found

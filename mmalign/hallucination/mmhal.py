@@ -18,7 +18,7 @@ from mmalign.hallucination.answers import Strict
 from mmalign.hallucination.bootstrap import Counts, intervals, ratio, totals
 from mmalign.hallucination.nouns import count_words
 from mmalign.hallucination.outcome import Case, Outcome
-from mmalign.hallucination.records import Record, read_json, read_records, text_field
+from mmalign.hallucination.records import Record, clean, read_json, read_records, text_field
 from mmalign.types import InputError
 
 TYPES = (
@@ -239,9 +239,9 @@ def _item(index: int, row: Record, known: Record) -> Item:
     image = known.fields.get("image_id", known.fields.get("image_src", index))
     return Item(
         row.where,
-        str(image),
+        clean(str(image)),
         str(kind),
-        tuple(labels),
+        tuple(map(clean, labels)),
         text_field(known, "question"),
         text_field(known, "gt_answer"),
         text_field(row, "model_answer", "answer", "text"),

@@ -75,7 +75,7 @@ def text_field(record: Record, *names: str) -> str:
     value = record.fields[name]
     if not isinstance(value, str):
         raise InputError(f"{record.where}: {name!r} is {_kind(value)}, not text")
-    return value
+    return clean(value)
 
 
 def id_field(record: Record, *names: str) -> str:
@@ -88,7 +88,12 @@ def id_field(record: Record, *names: str) -> str:
     value = record.fields[name]
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise InputError(f"{record.where}: {name!r} is {_kind(value)}, not a number or text")
-    return str(value)[:200]
+    return clean(str(value)[:200])
+
+
+def clean(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can hold and no file can."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def image_id(value: str) -> str:

@@ -208,6 +208,15 @@ def test_page_shows_worst_cases_and_runs_nothing(files: Path) -> None:
     assert "default-src 'none'" in text
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_text_that_no_file_can_hold(files: Path, name: str) -> None:
+    """JSON can hold half a surrogate pair, and so can a model's answer."""
+    path = files / RUNS[name].split()[1]
+    path.write_text(path.read_text().replace("dog", "dog \\ud800").replace("Yes", "Yes \\udfff"))
+    assert "\\ud" in path.read_text()
+    assert run(name, RUNS[name])["metrics"]["length"] > 0
+
+
 def test_page_without_mistakes(files: Path) -> None:
     write(files / "captions.jsonl", [{"image_id": i, "caption": "Nothing"} for i in (1, 2)])
     summary = run("chair", RUNS["chair"])
@@ -468,13 +477,16 @@ def test_saved_reviews(files: Path) -> None:
 class FakeVlm:
     """Answers with the question and the size of the image, and remembers how it was asked."""
 
-    batches: list[int]
+    fingerprint = "fake"
 
     def __init__(self) -> None:
-        self.batches = []
+        self.asked: list[str] = []
+        self.most = sys.maxsize
 
     def generate(self, questions: Sequence[Question], config: Any) -> list[str]:
-        self.batches.append(len(questions))
+        if len(self.asked) >= self.most:
+            raise KeyboardInterrupt
+        self.asked += [question.prompt for question in questions]
         assert config.max_new_tokens == 7
         sizes = [Image.open(question.images[0].data).size for question in questions]  # type: ignore[union-attr,arg-type]
         return [f"{q.prompt} dog {w}x{h}" for q, (w, h) in zip(questions, sizes, strict=True)]
@@ -508,10 +520,10 @@ def responses() -> list[dict[str, Any]]:
 
 def test_model_answers_in_the_official_form(files: Path, model: FakeVlm) -> None:
     run("chair", f"{MODEL} --labels labels.json --prompt Look!")
-    assert responses()[1] == {"image_id": "2", "question": "Look!", "caption": "Look! dog 5x5"}
+    assert responses()[1] == {"image_id": 2, "question": "Look!", "caption": "Look! dog 5x5"}
     run("pope", f"{MODEL} --labels coco_pope_random.json")
     assert responses()[0] == {
-        "question_id": "1",
+        "question_id": 1,
         "question": POPE[0]["text"],
         "answer": f"{POPE[0]['text']} Please answer yes or no. dog 4x5",
     }
@@ -519,7 +531,7 @@ def test_model_answers_in_the_official_form(files: Path, model: FakeVlm) -> None
     assert responses() == [{"id": 1, "response": "Query 1? dog 8x1"}]
     write(files / "questions.jsonl", [{"image_id": i, "question": f"Q{i}"} for i in (1, 2)])
     run("objhal", f"{MODEL} --labels labels.json --questions questions.jsonl")
-    assert responses()[0] == {"image_id": "1", "question": "Q1", "answer": "Q1 dog 4x5"}
+    assert responses()[0] == {"image_id": 1, "question": "Q1", "answer": "Q1 dog 4x5"}
     template = [{k: v for k, v in row.items() if k != "model_answer"} for row in MMHAL]
     write(files / "template.json", [row | {"image_src": "a/AMBER_1.jpg"} for row in template])
     run("mmhal", f"{MODEL} --labels template.json")
@@ -530,6 +542,24 @@ def test_answers_of_a_model_score_the_same_again(files: Path, model: FakeVlm) ->
     first = run("chair", f"{MODEL} --labels labels.json")["metrics"]
     Path("out/responses.jsonl").rename("again.jsonl")
     assert run("chair", "--responses again.jsonl --labels labels.json")["metrics"] == first
+
+
+def test_interrupted_answers_go_on(files: Path, model: FakeVlm) -> None:
+    labels = [POPE[0] | {"question_id": i, "text": f"Is there a {i}?"} for i in range(9)]
+    (files / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    options = f"{MODEL} --labels labels.jsonl --generation.batch_size 1"
+    model.most = 4
+    run("pope", options, code=130)
+    assert len(model.asked) == 4
+    with Path("out/model_answers.jsonl").open("a") as stream:
+        stream.write('{"request": "cut o')
+    model.most = sys.maxsize
+    run("pope", options)
+    assert len(model.asked) == len(set(model.asked)) == 9  # nobody was asked twice
+    assert [row["question_id"] for row in responses()] == list(range(9))
+    assert all(row["question"] in row["answer"] for row in responses())
+    run("pope", options.replace("batch_size 1", "seed 1 --generation.batch_size 1"))
+    assert len(model.asked) == 18  # other settings, other answers
 
 
 @pytest.mark.parametrize(
