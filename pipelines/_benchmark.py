@@ -129,6 +129,8 @@ class Images:
         self._paths: dict[str, Path] = {}
         if folder is None:
             return
+        if not Path(folder).is_dir():
+            raise InputError(f"images: {folder} is not a folder")
         paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
         if not paths:
             raise InputError(f"images: {folder} has no images")

@@ -62,7 +62,7 @@ def read_captions(
 def _records(path: Path) -> list[Record]:
     if '"imgToEval"' not in read_text(path)[: 2**20]:
         return read_records(path)
-    content = read_json(path)
+    content = read_json(path, unique_keys=True)
     images = content.get("imgToEval") if isinstance(content, Mapping) else None
     if not isinstance(images, Mapping) or not images:
         raise InputError(f"{path}: 'imgToEval' is not an object of captions")

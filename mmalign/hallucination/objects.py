@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.files import read_text
 from mmalign.hallucination.records import Record, id_field, image_id, read_json, read_records
 from mmalign.hallucination.vocabulary import Vocabulary
 from mmalign.types import InputError
@@ -77,10 +79,9 @@ def read_coco(
 
 
 def _label_rows(path: Path) -> list[Record]:
-    try:
-        content = read_json(path)
-    except InputError:
-        return read_records(path)  # JSON lines; what is wrong otherwise is said with its line
+    if _is_lines(path):
+        return read_records(path)
+    content = read_json(path, unique_keys=True)
     if isinstance(content, Mapping) and not {"image_id", "objects"} <= set(content):
         if not content:
             raise InputError(f"{path} is empty: expected {{image_id: [objects]}}")
@@ -89,6 +90,17 @@ def _label_rows(path: Path) -> list[Record]:
             for key, names in content.items()
         ]
     return read_records(path)
+
+
+def _is_lines(path: Path) -> bool:
+    """Tell JSON lines, whose first line is an object by itself, from one JSON value."""
+    first, _, rest = read_text(path).lstrip().partition("\n")
+    if not rest.strip():
+        return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _node(name: str, vocabulary: Vocabulary, where: str) -> str:

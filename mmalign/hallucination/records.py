@@ -28,15 +28,30 @@ class Record(NamedTuple):
     fields: Mapping[str, Any]
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, unique_keys: bool = False) -> Any:
     """Read a file that is one JSON value.
 
+    Args:
+        path: file.
+        unique_keys: refuse objects that name a key twice, where JSON would take the last.
+
     Raises:
-        InputError: naming file, line and column, if it is not.
+        InputError: naming file, line and column, if it is not; or the key that comes twice.
     """
     text = read_text(path)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path}: {twice[:60]!r} comes twice in one object")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique if unique_keys else None)
+    except InputError:
+        raise
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
         raise InputError(f"{path} {place} is not JSON: {error.msg}") from error

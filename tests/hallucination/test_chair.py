@@ -165,8 +165,11 @@ def test_formats_of_labels(tmp_path: Path, content: str) -> None:
         ('{"1": ["unicorn"]}', "labels.json image 1: object 'unicorn' is not in the vocabulary"),
         ('{"1": "dog"}', "labels.json image 1: expected a list"),
         ('{"1": ["dog"], "01": ["cat"]}', "image 01: image 1 comes again"),
+        ('{"1": ["dog"], "1": ["cat"]}', "'1' comes twice in one object"),
+        ('{"image_id": 1, "objects": ["dog"]}\n{"image_id": 2}\n', "line 2: expected a list"),
+        ("[]", "is empty"),
         ("{}", "is empty"),
-        ('{"1": ["dog"', "line 1 is not JSON"),
+        ('{"1": ["dog"', "line 1 column 13 is not JSON"),
     ],
 )
 def test_bad_labels(tmp_path: Path, content: str, message: str) -> None:

@@ -568,6 +568,7 @@ def test_interrupted_answers_go_on(files: Path, model: FakeVlm) -> None:
         ("--model fake --labels labels.json", "images: give --images DIR"),
         (f"{MODEL} --labels labels3.json", "labels3.json: no image '3' in pictures"),
         ("--model fake --images amber --labels labels.json", "images: amber has no images"),
+        ("--model fake --images pope.jsonl --labels labels.json", "pope.jsonl is not a folder"),
     ],
 )
 def test_images_that_are_missing(
