@@ -123,6 +123,31 @@ COMMANDS: dict[Words, Command] = {
         "mmalign.pipelines.evaluate_image:run",
         "compare a model with its base, with a report",
     ),
+    ("evaluate", "chair"): Command(
+        "EvaluateChairConfig",
+        "mmalign.pipelines.evaluate_chair:run",
+        "captions with objects that are not in the image",
+    ),
+    ("evaluate", "pope"): Command(
+        "EvaluatePopeConfig",
+        "mmalign.pipelines.evaluate_pope:run",
+        "is there an X in the image? yes or no",
+    ),
+    ("evaluate", "amber"): Command(
+        "EvaluateAmberConfig",
+        "mmalign.pipelines.evaluate_amber:run",
+        "objects of descriptions, and yes/no questions",
+    ),
+    ("evaluate", "objhal"): Command(
+        "EvaluateObjhalConfig",
+        "mmalign.pipelines.evaluate_objhal:run",
+        "Object HalBench, by rule or language model",
+    ),
+    ("evaluate", "mmhal"): Command(
+        "EvaluateMmhalConfig",
+        "mmalign.pipelines.evaluate_mmhal:run",
+        "MMHal-Bench, by rule or language model",
+    ),
     ("export",): Command(
         "ExportConfig", "mmalign.pipelines.export:run", "adapter to kohya format or merged model"
     ),

@@ -69,6 +69,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "max_new_tokens": (1, _INF),
     "max_pixels": (1, _INF),
     "max_steps": (1, _INF),
+    "max_tokens": (1, _INF),
     "max_words": (1, _INF),
     "min_gap": (0, _INF),
     "min_topics": (1, _INF),
@@ -100,6 +101,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "seeds": (1, _INF),
     "shard": (0, _INF),
+    "similarity_score": (0, 1),
     "stage_steps": (1, _INF),
     "temperature": (0, _INF),
     "step": (0, 1),
@@ -116,7 +118,10 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "yes_no_batch_size": (1, _INF),
 }
 """Inclusive bounds by the last part of an option's name."""
-INPUT_PATHS = {"path", "prompts", "images", "questions"}
+INPUT_PATHS = {
+    *("path", "prompts", "images", "responses", "labels", "annotations", "vocabulary"),
+    *("questions", "reviews"),
+}
 MODELS = {"model", "adapter", "base_adapter", "teacher"}
 OUTPUT_PATHS = {"output_dir", "output", "cache_dir"}
 _WRITE_FOLDERS = (GenerateConfig, PairsBuildConfig)  # other commands' `output` may be a file

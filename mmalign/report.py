@@ -71,6 +71,7 @@ class RunSummary:
         win_rate: of after against before; None when no judge was given.
         metrics: metric -> mean of the model under test, in runs that only evaluate; left out of
             `summary.json` when None.
+        ci95: metric -> 95 % interval of `metrics`; left out when None.
         cost: what training spent: `unet_forwards` and `unet_backwards` in rows through the
             denoiser, `reward_queries` in images, `train_seconds`; left out when None.
     """
@@ -87,6 +88,7 @@ class RunSummary:
     after: Mapping[str, float]
     win_rate: WinRateSummary | None
     metrics: Mapping[str, float] | None = None
+    ci95: Mapping[str, tuple[float, float]] | None = None
     cost: Mapping[str, float] | None = None
 
 
@@ -190,7 +192,7 @@ def write_summary(folder: Path, summary: RunSummary) -> Path:
     content = asdict(summary)
     if summary.win_rate is not None:
         content["win_rate"] = summary.win_rate._asdict()
-    for optional in ("metrics", "cost"):
+    for optional in ("metrics", "ci95", "cost"):
         if content[optional] is None:
             del content[optional]
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
