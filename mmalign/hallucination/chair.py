@@ -95,6 +95,7 @@ def caption_case(caption: Caption, truth: Collection[str], mentions: Sequence[Me
         badness=len(absent),
         counts={
             **{"answers": 1, "words": count_words(caption.text)},
+            "parts": len(caption.text.strip().split(" ")),
             **{"mentions": len(mentions), "absent": len(absent)},
             **{"hallucinated": bool(absent), "with_objects": bool(mentions)},
             **{"truths": len(truth), "covered": len(covered)},

@@ -70,7 +70,11 @@ def evaluate(
 
 
 def scores(total: Counts) -> dict[str, float]:
-    """Compute the metrics of the official result file, fractions and counts."""
+    """Compute the metrics of the official result file, fractions and counts.
+
+    `avg_word_len` counts what single spaces separate, so that a new paragraph hides a word;
+    `length` counts words.
+    """
     refined = ratio(total["hallucinated"], total["with_objects"])
     chair_i = ratio(total["absent"], total["mentions"])
     recall = ratio(total["covered"], total["truths"])
@@ -86,7 +90,7 @@ def scores(total: Counts) -> dict[str, float]:
         "coco_sentence_num": total["with_objects"],
         "coco_word_count": total["covered"],
         "gt_word_count": total["truths"],
-        "avg_word_len": shown["length"],
+        "avg_word_len": ratio(total["parts"], total["answers"]),
         **shown,
     }
 

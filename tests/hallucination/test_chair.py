@@ -71,6 +71,13 @@ def test_object_halbench_by_rule() -> None:
     assert metrics["avg_word_len"] == pytest.approx(26 / 3)
 
 
+def test_paragraphs_hide_a_word_from_the_official_length() -> None:
+    captions = [Caption("1", "", "A dog.\n\nA man.", "row 1")]
+    metrics = objhal.evaluate(captions, OBJECTS, COCO, listed=None, seed=0, resamples=9).metrics
+    assert metrics["avg_word_len"] == 3
+    assert metrics["length"] == 4
+
+
 def test_object_halbench_counts_listed_words_once() -> None:
     listed = [["dog", "brown dog", "Car", "car", "tree"], ["white cats", "coffee table"], []]
     outcome = objhal.evaluate(CAPTIONS, OBJECTS, COCO, listed=listed, seed=0, resamples=50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,16 @@ def test_every_benchmark_writes_its_results(files: Path, name: str) -> None:
     cases = (files / "out/cases.jsonl").read_text().splitlines()
     assert len(cases) == {"amber": 3}.get(name, 2)
     assert "<h1>" in (files / "out/report.html").read_text()
+
+
+def test_answers_are_scored_without_torch(files: Path) -> None:
+    program = (
+        "import sys\nfrom mmalign.cli import main\n"
+        f"for name, options in {RUNS!r}.items():\n"
+        "    assert main(['evaluate', name, '--output_dir', 'out', *options.split()]) == 0\n"
+        "assert not {'torch', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
 def test_official_names_in_lower_case(files: Path) -> None:
