@@ -322,13 +322,14 @@ class _FrozenHead(torch.autograd.Function):
         slopes = torch.empty_like(hidden)
         for rows in _chunks(len(hidden), size):
             logits = torch.nn.functional.linear(hidden[rows], weight, bias).to(wide)
-            ids = targets[rows, None]
-            norm = logits.logsumexp(1, keepdim=True)
-            logps[rows] = (logits.gather(1, ids) - norm)[:, 0]
-            # d logp / d logits, in place of the logits: one-hot minus softmax.
-            step = logits.sub_(norm).exp_().neg_()
-            step.scatter_add_(1, ids, torch.ones_like(norm))
-            slopes[rows] = step.to(hidden.dtype) @ weight
+            ids = targets[rows]
+            top = logits.amax(1, keepdim=True)
+            picked = logits.gather(1, ids[:, None]) - top
+            # In place of the logits: logits may be the largest tensor of the whole step.
+            odds = logits.sub_(top).exp_()
+            total = odds.sum(1, keepdim=True)
+            logps[rows] = (picked - total.log())[:, 0]
+            slopes[rows] = (weight[ids] - (odds.to(weight.dtype) @ weight) / total).to(slopes.dtype)
         ctx.save_for_backward(slopes)
         return logps
 
