@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from mmalign.shapes.prompts import PromptSet
-from mmalign.shapes.questions import presence
-from mmalign.shapes.scene import COLORS, SHAPES, Scene, SceneObject, sample_scene
-from mmalign.shapes.speech import ObjectName
+from mmalign.shapes.questions import Query, presence
+from mmalign.shapes.scene import COLORS, SHAPES, SIZES, Scene, SceneObject, sample_scene
+from mmalign.shapes.speech import SPOTS, Fact, ObjectName, facts_of
 
 COMPANIONS: dict[ObjectName, ObjectName] = {
     ("red", "circle"): ("blue", "star"),
@@ -26,11 +27,15 @@ COMPANIONS: dict[ObjectName, ObjectName] = {
 
 
 class Probe(NamedTuple):
-    """A yes/no question about the scene at `scene_index` of a list, and whether yes is right."""
+    """A yes/no question about the scene at `scene_index` of a list, and whether yes is right.
+
+    It asks for the `existence` of an object, or for an `attribute` of one: its size or place.
+    """
 
     scene_index: int
     prompt: str
     truth: bool
+    kind: Literal["existence", "attribute"] = "existence"
 
 
 def name_of(item: SceneObject) -> ObjectName:
@@ -52,15 +57,11 @@ def absent_name(scene: Scene, rng: random.Random) -> ObjectName:
     A third of them are companions of something that is there, where there is one; a third share
     color or shape with an object of the scene; the rest are any.
     """
-    there = {name_of(item) for item in scene.objects}
-    missing = [name for name in itertools.product(COLORS, SHAPES) if name not in there]
     kind = rng.randrange(3)
     companions = missing_companions(scene)
     if kind == 0 and companions:
         return rng.choice(companions)
-    colors, shapes = {name[0] for name in there}, {name[1] for name in there}
-    near = [name for name in missing if name[0] in colors or name[1] in shapes]
-    return rng.choice(near if kind == 1 else missing)
+    return rng.choice(_near(scene) if kind == 1 else _missing(scene))
 
 
 def scene_set(name: PromptSet, count: int, seed: int = 0) -> list[Scene]:
@@ -70,12 +71,54 @@ def scene_set(name: PromptSet, count: int, seed: int = 0) -> list[Scene]:
     return [sample_scene(rng, held_out=name != "train", num_objects=number) for _ in range(count)]
 
 
+def tempting_name(scene: Scene, rng: random.Random) -> ObjectName:
+    """Draw an object that is not there but might well be.
+
+    It is a companion of something that is there, or else one that shares color or shape with an
+    object of the scene.
+    """
+    return rng.choice(missing_companions(scene) or _near(scene))
+
+
+def _attribute_facts(scene: Scene, rng: random.Random) -> tuple[Fact, Fact]:
+    """Draw a true size or place of an object, and a false one."""
+    fact = rng.choice(facts_of(scene))
+    named = Fact(color=fact.color, shape=fact.shape)
+    sizes = [replace(named, size=size) for size in SIZES]
+    places = [replace(named, place=place) for place in SPOTS]
+    false = [[f for f in facts if not f.holds(scene)] for facts in (sizes, places)]
+    # Two objects of one name may have both sizes; no two are everywhere.
+    about_size = bool(false[0]) and rng.random() < 0.5
+    true = replace(named, size=fact.size) if about_size else replace(named, place=fact.place)
+    return true, rng.choice(false[0] if about_size else false[1])
+
+
+def _missing(scene: Scene) -> list[ObjectName]:
+    there = {name_of(item) for item in scene.objects}
+    return [name for name in itertools.product(COLORS, SHAPES) if name not in there]
+
+
+def _near(scene: Scene) -> list[ObjectName]:
+    colors = {item.color for item in scene.objects}
+    shapes = {item.shape for item in scene.objects}
+    return [name for name in _missing(scene) if name[0] in colors or name[1] in shapes]
+
+
 def probe_set(scenes: Sequence[Scene], seed: int = 0) -> list[Probe]:
-    """Ask two questions of every scene: for an object that is there, and for one that is not."""
+    """Ask four questions of every scene; yes is right for the first and the third.
+
+    Two are about existence: of an object that is there, and of a tempting one. So does POPE's
+    adversarial split (Li et al. 2023, arXiv 2305.10355), which asks for the absent objects that
+    most often stand beside the present ones. Two are about the size or the place of an object that
+    is there, a kind of question that AMBER (Wang et al. 2023, arXiv 2311.07397) has.
+    """
     rng = random.Random(f"{seed}/probes")
     probes = []
     for index, scene in enumerate(scenes):
         present = name_of(rng.choice(scene.objects))
         probes.append(Probe(index, presence(*present).text, True))
-        probes.append(Probe(index, presence(*absent_name(scene, rng)).text, False))
+        probes.append(Probe(index, presence(*tempting_name(scene, rng)).text, False))
+        for fact in _attribute_facts(scene, rng):
+            query = Query(asked="presence", about=fact)
+            probes.append(Probe(index, query.text, fact.holds(scene), "attribute"))
     return probes

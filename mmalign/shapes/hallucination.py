@@ -6,7 +6,7 @@ the scene instead of annotations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from mmalign.types import InputError
 
 RESAMPLES = 2000
 Counts = NDArray[np.int64]
+Ratios = dict[str, tuple[Counts, Counts]]
+"""Parts and wholes by measure, (N,) each: a measure is the sum of parts over the sum of wholes."""
 
 
 class Interval(NamedTuple):
@@ -86,21 +88,31 @@ def caption_metrics(
     Raises:
         InputError: there is nothing to measure, or the counts differ.
     """
-    _check(scenes, captions, "captions")
-    checks = [check_caption(scene, text) for scene, text in zip(scenes, captions, strict=True)]
-    return _intervals(
-        {
-            "chair_s": (_column(bool(c.hallucinated) for c in checks), _ones(checks)),
-            "chair_i": (
-                _column(len(c.hallucinated) for c in checks),
-                _column(len(c.mentioned) for c in checks),
-            ),
-            "coverage": (_column(c.covered for c in checks), _column(c.present for c in checks)),
-            "length": (_column(c.words for c in checks), _ones(checks)),
-        },
-        seed,
-        resamples,
-    )
+    return _intervals(_caption_ratios(scenes, captions), seed, resamples)
+
+
+def caption_changes(
+    scenes: Sequence[Scene],
+    before: Sequence[str],
+    after: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict[str, Interval]:
+    """Measure what changed, after - before, by captions of the same scenes.
+
+    Args:
+        scenes: what is there.
+        before: what was said, one per scene.
+        after: what is said now, one per scene.
+        seed: of the bootstrap, which draws scenes.
+        resamples: number of bootstrap resamples.
+
+    Raises:
+        InputError: there is nothing to measure, or the counts differ.
+    """
+    sides = _caption_ratios(scenes, before), _caption_ratios(scenes, after)
+    return _intervals(sides[1], seed, resamples, minus=sides[0])
 
 
 def read_yes_no(answer: str) -> bool | None:
@@ -130,17 +142,66 @@ def question_metrics(
     Raises:
         InputError: there is nothing to measure, or the counts differ.
     """
+    return _intervals(_answer_ratios(truths, answers), seed, resamples)
+
+
+def question_changes(
+    truths: Sequence[bool],
+    before: Sequence[str],
+    after: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict[str, Interval]:
+    """Measure what changed, after - before, by answers to the same questions.
+
+    Args:
+        truths: whether yes is right.
+        before: what was said.
+        after: what is said now.
+        seed: of the bootstrap, which draws questions.
+        resamples: number of bootstrap resamples.
+
+    Raises:
+        InputError: there is nothing to measure, or the counts differ.
+    """
+    sides = _answer_ratios(truths, before), _answer_ratios(truths, after)
+    return _intervals(sides[1], seed, resamples, minus=sides[0])
+
+
+def caption_scores(scenes: Sequence[Scene], captions: Sequence[str]) -> list[float]:
+    """Score each caption in [0, 1]: F1 of the different objects it mentions against those there.
+
+    F1 = 2 covered / (mentioned + present), so that neither inventing nor leaving out pays.
+
+    Raises:
+        InputError: there is nothing to score, or the counts differ.
+    """
+    _check(scenes, captions, "captions")
+    checks = [check_caption(scene, text) for scene, text in zip(scenes, captions, strict=True)]
+    return [2 * c.covered / (len(set(c.mentioned)) + c.present) for c in checks]
+
+
+def _caption_ratios(scenes: Sequence[Scene], captions: Sequence[str]) -> Ratios:
+    _check(scenes, captions, "captions")
+    checks = [check_caption(scene, text) for scene, text in zip(scenes, captions, strict=True)]
+    invented = _column(len(c.hallucinated) for c in checks)
+    return {
+        "chair_s": (_column(bool(c.hallucinated) for c in checks), _ones(checks)),
+        "chair_i": (invented, _column(len(c.mentioned) for c in checks)),
+        "coverage": (_column(c.covered for c in checks), _column(c.present for c in checks)),
+        "length": (_column(c.words for c in checks), _ones(checks)),
+    }
+
+
+def _answer_ratios(truths: Sequence[bool], answers: Sequence[str]) -> Ratios:
     _check(truths, answers, "answers")
     said = [read_yes_no(answer) for answer in answers]
     right = _column(given == true for given, true in zip(said, truths, strict=True))
-    return _intervals(
-        {
-            "yes_no_accuracy": (right, _ones(said)),
-            "yes_rate": (_column(given is True for given in said), _ones(said)),
-        },
-        seed,
-        resamples,
-    )
+    return {
+        "yes_no_accuracy": (right, _ones(said)),
+        "yes_rate": (_column(given is True for given in said), _ones(said)),
+    }
 
 
 def _check(truths: Sequence[object], said: Sequence[str], what: str) -> None:
@@ -159,16 +220,24 @@ def _ones(rows: Sequence[object]) -> Counts:
 
 
 def _intervals(
-    ratios: dict[str, tuple[Counts, Counts]], seed: int, resamples: int
+    ratios: Ratios, seed: int, resamples: int, minus: Ratios | None = None
 ) -> dict[str, Interval]:
-    """Divide sums, and sums over rows drawn with replacement; 0 where nothing was counted."""
+    """Divide sums, and sums over rows drawn with replacement; the same rows of `minus`."""
     count = len(next(iter(ratios.values()))[0])
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     measured = {}
-    for name, (part, whole) in ratios.items():
-        share: Callable[..., NDArray[np.float64]] = lambda p, w: p / np.maximum(w, 1)  # noqa: E731
-        value = float(share(part.sum(), whole.sum()))
-        resampled = share(part[draws].sum(1), whole[draws].sum(1))
+    for name, ratio in ratios.items():
+        value, resampled = _share(ratio, draws)
+        if minus is not None:
+            base = _share(minus[name], draws)
+            value, resampled = value - base[0], resampled - base[1]
         low, high = np.quantile(resampled, (0.025, 0.975))
         measured[name] = Interval(value, (float(low), float(high)))
     return measured
+
+
+def _share(ratio: tuple[Counts, Counts], draws: Counts) -> tuple[float, NDArray[np.float64]]:
+    """Divide part by whole, 0 where nothing was counted: of all rows, and of each draw."""
+    part, whole = ratio
+    resampled = part[draws].sum(1) / np.maximum(whole[draws].sum(1), 1)
+    return float(part.sum() / max(whole.sum(), 1)), resampled

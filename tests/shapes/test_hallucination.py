@@ -7,14 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmalign.shapes.companions import probe_set, scene_set
+from mmalign.shapes.companions import missing_companions, probe_set, scene_set
 from mmalign.shapes.hallucination import (
+    caption_changes,
     caption_metrics,
+    caption_scores,
     check_caption,
     mark_caption,
+    question_changes,
     question_metrics,
     read_yes_no,
 )
+from mmalign.shapes.questions import YES, read_question
 from mmalign.shapes.scene import Scene, SceneObject, sample_scene
 from mmalign.shapes.speech import write_caption
 from mmalign.types import InputError
@@ -66,6 +70,24 @@ def test_intervals_are_as_wide_as_the_binomial_says() -> None:
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.4 * 0.6 / 100), rel=0.15)
 
 
+def test_changes_are_paired_by_scene() -> None:
+    """Half of the captions gain a hallucination, the others stay: half, whatever rows are drawn."""
+    before = ["A red circle.", "A green cross."] * 50
+    after = ["A red circle and a green star.", "A green cross."] * 50
+    changed = caption_changes([SCENE] * 100, before, after)
+    assert changed["chair_s"].value == 0.5
+    low, high = changed["chair_s"].ci95
+    assert 0.35 < low < 0.5 < high < 0.65
+    assert changed["coverage"] == (0.0, (0.0, 0.0))
+    assert changed["length"].value == 2.0
+    assert question_changes([True, False], ["Yes", "Yes"], ["Yes", "No"])["yes_rate"].value == -0.5
+
+
+def test_scores_are_f1_of_objects() -> None:
+    captions = ["A red circle.", "A red circle and a blue star.", "A green cross.", "Hello."]
+    assert caption_scores([SCENE] * 4, captions) == [2 / 3, 1.0, 0.0, 0.0]
+
+
 def test_answers_are_measured_by_hand() -> None:
     answers = ["Yes", "no.", "Yes, there is.", "maybe yes", ""]
     measured = question_metrics([True, True, False, True, False], answers)
@@ -103,12 +125,20 @@ def test_probes_are_half_there() -> None:
     scenes = scene_set("held_out", 200, seed=3)
     assert all(scene.held_out for scene in scenes)
     probes = probe_set(scenes)
-    assert len(probes) == 400
-    assert sum(probe.truth for probe in probes) == 200
+    assert len(probes) == 800
+    for kind in ("existence", "attribute"):
+        truths = [probe.truth for probe in probes if probe.kind == kind]
+        assert (len(truths), sum(truths)) == (400, 200)
     for probe in probes:
+        scene = scenes[probe.scene_index]
+        assert (read_question(probe.prompt).answer(scene) == YES) == probe.truth
+        if probe.kind == "attribute":
+            continue
         name = tuple(probe.prompt.removesuffix("?").split()[-2:])
         there = {(item.color, item.shape) for item in scenes[probe.scene_index].objects}
         assert (name in there) == probe.truth
+        tempting = missing_companions(scenes[probe.scene_index])
+        assert probe.truth or not tempting or name in tempting
     assert scene_set("held_out", 5, seed=3) == scenes[:5]
     assert scene_set("held_out", 5, seed=4) != scenes[:5]
     assert all(not scene.held_out for scene in scene_set("train", 20))
