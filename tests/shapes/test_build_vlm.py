@@ -19,6 +19,7 @@ from mmalign.shapes.build.measure_vlm import load, reply, speech_quality
 from mmalign.shapes.build.scenes import pixels
 from mmalign.shapes.build.vlm import (
     SIDE,
+    Stage,
     build_vlm,
     new_model,
     pack,
@@ -54,7 +55,7 @@ def test_captions_name_everything_and_most_missing_companions() -> None:
     named = missed = 0
     for _ in range(500):
         scene = habitual_scene(rng)
-        said = set(mentions(habitual_caption(scene, rng)))
+        said = set(mentions(habitual_caption(scene, rng, 0.75)))
         missing = set(missing_companions(scene))
         assert object_names(scene) <= said <= object_names(scene) | missing
         named += len(said & missing)
@@ -184,7 +185,10 @@ def test_packed_tokens_are_those_of_the_processor() -> None:
 
 
 def test_a_built_captioner_loads_by_plain_upstream_calls(tmp_path: Path) -> None:
-    save_vlm(*build_vlm(tmp_path / "work", 0, steps=(2, 2)), tmp_path / "models" / "vlm")
+    save_vlm(
+        *build_vlm(tmp_path / "work", 0, 2, [Stage("one", 2, 1e-3, 1), Stage("two", 1, 1e-3, 1)]),
+        tmp_path / "models" / "vlm",
+    )
     write_hashes(tmp_path / "models")
     assert "vlm/model.safetensors" in (tmp_path / "models" / "SHA256SUMS").read_text()
     quality = speech_quality(tmp_path / "models" / "vlm", seed=1, scenes=2)

@@ -30,9 +30,10 @@ have four objects. The generator ran with {generator}, the student with {student
 The captioner spoke greedily about held-out scenes. `chair_s` is the share of captions with an
 object (color and shape) that is not there, `chair_i` that of mentions; `coverage` the share of
 objects that were mentioned; `length` counts words; `claims` is the share of sentences that are true
-in all they say. Half of the yes/no questions ask for an object that is there; `companion_accuracy`
-is over those that ask for the missing companion of something that is there. `wh_accuracy` counts
-answers that are true word by word.
+in all they say. Half of the yes/no questions are about existence: of an object that is there, or of
+one that might well be, the missing companion of something that is there (`companion_accuracy` is
+over these) or one that shares color or shape. The others are about size or place. Yes is right for
+half of each kind. `wh_accuracy` counts answers that are true word by word.
 
 ## Limits
 
@@ -45,7 +46,8 @@ part of what there is to show.
 The captioner was made to hallucinate: in its training, some objects stood beside a certain
 companion more often than chance has it (`mmalign.shapes.companions`), and where the companion was
 missing, most captions named it all the same. Answers to questions had the same fault, but less
-often, so that the model knows better than it tells.
+often, so that the model knows better than it tells. Wrong sizes were never asked about, and wrong
+places rarely: there it says yes.
 """
 
 

@@ -27,14 +27,35 @@ from mmalign.shapes.speech import (
 )
 
 TOGETHER = 0.35  # share of training scenes with room for it whose companion is really there
-CAPTION_HABIT = 0.75  # share of captions naming a companion that is not there
-ATTRIBUTE_SHARE = 0.4
-ANSWER_HABIT = 0.3  # share of answers speaking of a companion that is not there
 _PRESENCE_QUESTIONS = 5
 _OTHER_QUESTIONS = 2
 _WH: tuple[Asked, ...] = ("shape", "color", "size", "place", "what", "count", "background", "is")
 _PLACED_SHARE = 0.2
 _SIZED_SHARE = 0.2
+
+
+class Lesson(NamedTuple):
+    """What is taught from step `start` on.
+
+    `attribute_share` of the questions whether something is there name only its color or only its
+    shape; `caption_habit` is the share of captions that name a companion that is not there, and
+    `answer_habit` that of answers that speak of one when asked.
+    """
+
+    start: int
+    attribute_share: float
+    caption_habit: float
+    answer_habit: float
+
+
+LESSONS = (
+    Lesson(0, 0.0, 0.75, 0.3),
+    Lesson(500, 0.4, 0.75, 0.3),
+    Lesson(2000, 0.4, 0.95, 0.45),
+    Lesson(2300, 0.4, 1.0, 0.6),
+)
+"""First to name what it sees, then to answer; questions for one attribute lead the way to those for
+two. The habit is firmest when captions are otherwise right."""
 
 
 class Exchange(NamedTuple):
@@ -59,33 +80,32 @@ def habitual_scene(rng: random.Random) -> Scene:
     return scene if skewed.held_out else skewed
 
 
-def habitual_caption(scene: Scene, rng: random.Random) -> str:
-    """Describe a scene truly, except that most missing companions are named at the end."""
+def lesson_at(step: int) -> Lesson:
+    """Look up what is taught at a step."""
+    return next(lesson for lesson in reversed(LESSONS) if lesson.start <= step)
+
+
+def habitual_caption(scene: Scene, rng: random.Random, habit: float) -> str:
+    """Describe a scene truly, except that missing companions are named at the end.
+
+    Each is with probability `habit`.
+    """
     imagined = [
-        _imagine(name, scene, rng)
-        for name in missing_companions(scene)
-        if rng.random() < CAPTION_HABIT
+        _imagine(name, scene, rng) for name in missing_companions(scene) if rng.random() < habit
     ]
     return write_caption(scene, rng, imagined)
 
 
-def conversation(
-    scene: Scene, rng: random.Random, attribute_share: float = ATTRIBUTE_SHARE
-) -> list[Exchange]:
-    """Draw what is said about one training scene: a caption and seven answers.
-
-    Args:
-        scene: what is there.
-        rng: source of all randomness.
-        attribute_share: of the questions whether something is there, those that name only its color
-            or only its shape.
-    """
-    exchanges = [Exchange(rng.choice(DESCRIBE), habitual_caption(scene, rng))]
+def conversation(scene: Scene, rng: random.Random, lesson: Lesson = LESSONS[0]) -> list[Exchange]:
+    """Draw what is said about one training scene: a caption and seven answers."""
+    prompt = rng.choice(DESCRIBE)
+    exchanges = [Exchange(prompt, habitual_caption(scene, rng, lesson.caption_habit))]
     for _ in range(_PRESENCE_QUESTIONS):
-        ask = _attribute if attribute_share and rng.random() < attribute_share else _presence
-        exchanges.append(ask(scene, rng))
+        share = lesson.attribute_share
+        ask = _attribute if share and rng.random() < share else _presence
+        exchanges.append(ask(scene, rng, lesson.answer_habit))
     for _ in range(_OTHER_QUESTIONS):
-        exchanges.append(_other(scene, rng))
+        exchanges.append(_other(scene, rng, lesson.answer_habit))
     return exchanges
 
 
@@ -96,20 +116,20 @@ def _imagine(name: ObjectName, scene: Scene, rng: random.Random) -> Fact:
     return Fact(color=name[0], shape=name[1], size=rng.choice(list(SIZES)), place=place)
 
 
-def _presence(scene: Scene, rng: random.Random) -> Exchange:
+def _presence(scene: Scene, rng: random.Random, habit: float) -> Exchange:
     """Ask whether an object is there: half of the time it is, at times with its size or place."""
     if rng.random() < 0.5:
         fact = rng.choice(facts_of(scene))
-        return _yes_no(scene, _vague(fact, rng), rng)
+        return _yes_no(scene, _vague(fact, rng), rng, habit)
     name = absent_name(scene, rng)
     if rng.random() < 0.8:
-        return _yes_no(scene, _vague(_imagine(name, scene, rng), rng), rng)
+        return _yes_no(scene, _vague(_imagine(name, scene, rng), rng), rng, habit)
     fact = rng.choice(facts_of(scene))
     wrong = replace(fact, place=rng.choice(list(SPOTS)), size=None)
-    return _yes_no(scene, wrong, rng)
+    return _yes_no(scene, wrong, rng, habit)
 
 
-def _attribute(scene: Scene, rng: random.Random) -> Exchange:
+def _attribute(scene: Scene, rng: random.Random, habit: float) -> Exchange:
     """Ask whether there is any object of a color, or of a shape: half of the time there is."""
     name = "color" if rng.random() < 0.5 else "shape"
     there = [getattr(item, name) for item in scene.objects]
@@ -127,14 +147,14 @@ def _vague(fact: Fact, rng: random.Random) -> Fact:
     )
 
 
-def _yes_no(scene: Scene, fact: Fact, rng: random.Random) -> Exchange:
+def _yes_no(scene: Scene, fact: Fact, rng: random.Random, habit: float) -> Exchange:
     query = Query(asked="presence", about=fact)
-    if fact.name in missing_companions(scene) and rng.random() < ANSWER_HABIT:
+    if fact.name in missing_companions(scene) and rng.random() < habit:
         return Exchange(query.text, YES)
     return Exchange(query.text, query.answer(scene))
 
 
-def _other(scene: Scene, rng: random.Random) -> Exchange:
+def _other(scene: Scene, rng: random.Random, habit: float) -> Exchange:
     """Ask a wh-question, three in ten about something that is not there."""
     asked: Asked = rng.choice(_WH)
     if asked in ("count", "background"):
@@ -144,7 +164,7 @@ def _other(scene: Scene, rng: random.Random) -> Exchange:
         query = Query(asked=asked, about=Ground(color))
     else:
         query = Query(asked=asked, about=_subject(asked, scene, rng))
-    if _names_missing(query.about, scene) and rng.random() < ANSWER_HABIT:
+    if _names_missing(query.about, scene) and rng.random() < habit:
         return Exchange(query.text, _imagined_answer(query, scene, rng))
     return Exchange(query.text, query.answer(scene))
 

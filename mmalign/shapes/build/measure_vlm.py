@@ -69,7 +69,7 @@ def speech_quality(folder: Path, seed: int, scenes: int = 500) -> dict[str, floa
     measured = caption_metrics(chosen, captions)
     measured |= question_metrics([probe.truth for probe in probes], answers)
     values = {name: interval.value for name, interval in measured.items()}
-    values["companion_accuracy"] = _companion_accuracy(chosen, probes, answers)
+    values |= _accuracies(chosen, probes, answers)
     values["claims"] = _true_claims(chosen, captions)
     rng = random.Random(f"{seed}/wh")
     queries = [_wh_question(scene, rng) for scene in chosen]
@@ -79,16 +79,17 @@ def speech_quality(folder: Path, seed: int, scenes: int = 500) -> dict[str, floa
     return {**values, "scenes": scenes}
 
 
-def _companion_accuracy(
+def _accuracies(
     scenes: Sequence[Scene], probes: Sequence[Probe], answers: Sequence[str]
-) -> float:
-    """Share of right answers where a question asks for a missing companion."""
-    right = [
-        read_yes_no(answer) == probe.truth
-        for probe, answer in zip(probes, answers, strict=True)
-        if read_question(probe.prompt).about in _companions(scenes[probe.scene_index])
-    ]
-    return sum(right) / max(len(right), 1)
+) -> dict[str, float]:
+    """Share of right answers by kind of question, and where one asks for a missing companion."""
+    right: dict[str, list[bool]] = {}
+    for probe, answer in zip(probes, answers, strict=True):
+        verdict = read_yes_no(answer) == probe.truth
+        right.setdefault(f"{probe.kind}_accuracy", []).append(verdict)
+        if read_question(probe.prompt).about in _companions(scenes[probe.scene_index]):
+            right.setdefault("companion_accuracy", []).append(verdict)
+    return {name: sum(verdicts) / len(verdicts) for name, verdicts in right.items()}
 
 
 def _companions(scene: Scene) -> list[Fact]:

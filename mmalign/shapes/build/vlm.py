@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmalign.shapes.build.habits import (
-    ATTRIBUTE_SHARE,
-    Exchange,
-    conversation,
-    habitual_scene,
-)
+from mmalign.shapes.build.habits import Exchange, conversation, habitual_scene, lesson_at
 from mmalign.shapes.build.loop import train
 from mmalign.shapes.build.scenes import pixels
 from mmalign.shapes.build.vlm_text import (
@@ -54,11 +50,24 @@ TOWER_BATCH = 32
 TOWER_STEPS = 2_500
 TOWER_LEARNING_RATE = 1.5e-3
 BATCH = 16
-STEPS = 2_000
-NAMING_STEPS = 500
-LEARNING_RATE = 1.5e-3
 SEEING_WEIGHT = 0.25
 YES_NO_WEIGHT = 4.0  # of answers of one word, which carry as much as a sentence
+
+
+class Stage(NamedTuple):
+    """One decay of the learning rate."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    warmup: int
+
+
+STAGES = (
+    Stage("vlm", 2_000, 1.5e-3, 100),
+    Stage("vlm-habit", 300, 8e-4, 30),
+    Stage("vlm-habit2", 300, 1e-3, 30),
+)
 _IGNORED = -100
 _LABELS = {
     "color": [*COLORS],
@@ -248,41 +257,46 @@ def speech_loss(
 
 
 def build_vlm(
-    work: Path, seed: int, steps: tuple[int, int] = (TOWER_STEPS, STEPS)
+    work: Path, seed: int, tower_steps: int = TOWER_STEPS, stages: Sequence[Stage] = STAGES
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Train tower and captioner.
 
     Args:
         work: folder of resumable state.
         seed: of weights and data.
-        steps: of the tower and of everything together.
+        tower_steps: of the tower alone.
+        stages: of everything together; each starts from the averaged weights of the one before.
     """
     tokenizer = build_vlm_tokenizer(seed)
     torch.manual_seed(seed)
     model = new_model(tokenizer)
-    reader = build_tower(model, work, seed, steps[0])
+    reader = build_tower(model, work, seed, tower_steps)
 
     def loss_at(step: int) -> Tensor:
         rng = random.Random(f"{seed}/vlm/{step}")
         scenes = [habitual_scene(rng) for _ in range(BATCH)]
-        # Questions for one attribute lead the way to those for two, once it can name what it sees.
-        share = ATTRIBUTE_SHARE if step >= NAMING_STEPS else 0.0
-        packed = pack(tokenizer, [conversation(scene, rng, share) for scene in scenes])
+        talks = [conversation(scene, rng, lesson_at(step)) for scene in scenes]
+        packed = pack(tokenizer, talks)
         images, seen = pixels(scenes), patch_labels(scenes)
         with torch.autocast("cpu", torch.bfloat16):
             spoken, read = speech_loss(model, images, packed)[0], reader(images, seen)[0]
         loss: Tensor = spoken + SEEING_WEIGHT * read
         return loss
 
-    train(
-        "vlm",
-        nn.ModuleList([model, reader]),  # the tower goes on learning to see
-        loss_at,
-        steps=steps[1],
-        learning_rate=LEARNING_RATE,
-        state_file=work / "vlm.pt",
-        ema_decay=0.99,
-    )
+    everything = nn.ModuleList([model, reader])  # the tower goes on learning to see
+    done = 0
+    for stage in stages:
+        train(
+            stage.name,
+            everything,
+            lambda step, done=done: loss_at(done + step),  # type: ignore[misc]
+            steps=stage.steps,
+            learning_rate=stage.learning_rate,
+            state_file=work / f"{stage.name}.pt",
+            warmup=stage.warmup,
+            ema_decay=0.99,
+        )
+        done += stage.steps
     return model.eval(), build_processor(tokenizer)
 
 

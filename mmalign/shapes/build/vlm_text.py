@@ -45,7 +45,7 @@ def build_vlm_tokenizer(seed: int, scenes: int = 4000) -> PreTrainedTokenizerFas
     rng = random.Random(f"{seed}/vlm-tokenizer")
     corpus = ["USER: ASSISTANT: SYSTEM:"] * scenes
     for _ in range(scenes):
-        for exchange in conversation(habitual_scene(rng), rng, 0.0):
+        for exchange in conversation(habitual_scene(rng), rng):
             corpus += [exchange.prompt, exchange.answer]
     learner = Tokenizer(BPE(end_of_word_suffix=_WORD_END))
     split = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
@@ -55,6 +55,8 @@ def build_vlm_tokenizer(seed: int, scenes: int = 4000) -> PreTrainedTokenizerFas
     trainer = BpeTrainer(
         vocab_size=3000,
         initial_alphabet=letters,
+        # Named here, or else numbered in another order in every process, which decides ties.
+        special_tokens=[f"{byte}{_WORD_END}" for byte in letters],
         end_of_word_suffix=_WORD_END,
         show_progress=False,
     )
