@@ -36,6 +36,11 @@ COMMANDS: dict[Words, Command] = {
         "mmalign.pipelines.quickstart_image:run",
         "align the embedded model end to end, on CPU, in minutes",
     ),
+    ("quickstart", "vlm"): Command(
+        "QuickstartVlmConfig",
+        "mmalign.pipelines.quickstart_vlm:run",
+        "make the embedded captioner hallucinate less, on CPU, in minutes",
+    ),
     ("train", "diffusion-dpo"): Command(
         "DiffusionDpoConfig", "mmalign.pipelines.diffusion_dpo:run", "Diffusion-DPO on pairs"
     ),

@@ -37,6 +37,7 @@ from mmalign.config.jobs import (
     PairsCheckConfig,
     PairsLabelConfig,
     QuickstartImageConfig,
+    QuickstartVlmConfig,
     ScoreConfig,
 )
 from mmalign.config.offline import (
@@ -145,6 +146,7 @@ __all__ = [
     "PairsLabelConfig",
     "PreferenceConfig",
     "QuickstartImageConfig",
+    "QuickstartVlmConfig",
     "ReferenceConfig",
     "RewardConfig",
     "RocmConfig",
