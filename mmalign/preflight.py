@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import (
+    BenchmarkConfig,
     EvalConfig,
     GenerateConfig,
     OfflineConfig,
@@ -151,6 +152,8 @@ def check_config(config: object) -> None:
     shard, num_shards = getattr(config, "shard", 0), getattr(config, "num_shards", 1)
     if shard >= num_shards:
         raise InputError(f"shard: {shard} must be below num_shards, which is {num_shards}")
+    if isinstance(config, BenchmarkConfig):
+        _check_number("resamples", config.resamples, 1, _INF)  # topic overwriting may do without
     if isinstance(config, TrainConfig):
         _check_resume(config)
     if isinstance(config, RunConfig):
