@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import (
+    BenchmarkConfig,
     EvalConfig,
     GenerateConfig,
     OfflineConfig,
@@ -148,9 +149,9 @@ def check_config(config: object) -> None:
         elif isinstance(value, str) and leaf in OUTPUT_PATHS:
             is_file = leaf == "output" and not isinstance(config, _WRITE_FOLDERS)
             _check_output(name, value, is_file=is_file)
-    shard, num_shards = getattr(config, "shard", 0), getattr(config, "num_shards", 1)
-    if shard >= num_shards:
-        raise InputError(f"shard: {shard} must be below num_shards, which is {num_shards}")
+    _check_shard(getattr(config, "shard", 0), getattr(config, "num_shards", 1))
+    if isinstance(config, BenchmarkConfig):
+        _check_number("resamples", config.resamples, 1, _INF)  # topic overwriting may do without
     if isinstance(config, TrainConfig):
         _check_resume(config)
     if isinstance(config, RunConfig):
@@ -176,6 +177,11 @@ def _check_number(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         bound = f"at least {low:g}" if high == _INF else f"between {low:g} and {high:g}"
         raise InputError(f"{name}: must be {bound}, got {value:g}")
+
+
+def _check_shard(shard: int, num_shards: int) -> None:
+    if shard >= num_shards:
+        raise InputError(f"shard: {shard} must be below num_shards, which is {num_shards}")
 
 
 def _check_input(name: str, value: str) -> None:

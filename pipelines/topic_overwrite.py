@@ -22,13 +22,14 @@ from mmalign.topics.pairs import COUNTS, PAIRS, write_counts, write_pairs
 from mmalign.topics.questions import read_questions
 from mmalign.topics.rewriting import hardness
 from mmalign.topics.runner import load_stage, losses, recall_stage, run_stage
+from mmalign.topics.similarity import window_offsets
 from mmalign.topics.stages import Ask, Resample, Sample, Score, Split, Stage, Verify
+from mmalign.topics.team import Cost, Team
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
     from mmalign.config import TopicOverwriteConfig
     from mmalign.topics.items import Item
-    from mmalign.topics.team import Team
 
 STAGES = "stages"
 FINAL = "pairs"
@@ -146,12 +147,13 @@ def _say_estimate(config: TopicOverwriteConfig, stages: Sequence[Stage], questio
     text += answers + facts * config.resamples
     checks = (1 - team.labeller.exact) * facts * (1 + config.resamples)
     text += (1 - team.rewriter.exact) * 2
+    windows = config.similarity
+    crops = len(window_offsets(windows.window, windows.step)) ** 2
     logger.info(
-        "%s questions; a whole run from nothing costs about %s generations and %s yes/no questions"
-        " (%s facts per answer assumed), and as many for the judge as CLIP lets through",
+        "%s questions; a whole run from nothing costs about %s (%s facts per answer assumed), and"
+        " yes/no questions to the judge for what CLIP lets through",
         f"{questions:,}",
-        f"{questions * text:,}",
-        f"{questions * checks:,}",
+        Cost(questions * text, questions * checks, questions * crops),
         GUESSED_FACTS,
     )
 

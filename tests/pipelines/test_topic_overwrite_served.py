@@ -121,7 +121,10 @@ def test_every_job_by_language(
 ) -> None:
     with caplog.at_level("INFO", logger="mmalign"):
         assert cli.main(argv) == 0
-    assert "a whole run from nothing costs about 186 generations" in caplog.messages[0]
+    assert caplog.messages[0].startswith(
+        "3 questions; a whole run from nothing costs about 186 generations, 180 yes/no questions,"
+        " 75 CLIP crops (5 facts per answer assumed)"
+    )
     assert caplog.messages[1] == "sample: 3 questions: 18 generations"
     rows = [row for _, row in read_jsonl(tmp_path / "out" / "pairs.jsonl")]
     assert rows

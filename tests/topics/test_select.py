@@ -118,6 +118,8 @@ def test_a_score_of_zero_is_wrong() -> None:
     found = select_edits(answers, topics, SelectionRule(min_topics=1), draw=0)
     assert found is not None
     assert edits(found.chosen) == [("even", "right")]
+    never_right = {0: [Claim("even", 0.0)], 1: [Claim("wrong", -0.2)]}
+    assert contested_facts(0, never_right, topics, SelectionRule()) == []
 
 
 def plainly(answers: Any, topics: Any) -> tuple[Any, ...]:
