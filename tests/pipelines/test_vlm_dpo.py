@@ -229,7 +229,6 @@ def another_precision() -> Iterator[None]:
     AcceleratorState._reset_state()
 
 
-@pytest.mark.usefixtures("another_precision")
 def test_pairs_of_one_image_share_it(
     vlm: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +247,7 @@ def test_pairs_of_one_image_share_it(
     assert costs[0] < 0.6 * costs[1]
 
 
+@pytest.mark.usefixtures("another_precision")
 def test_half_precision_starts_at_the_reference(
     vlm: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:

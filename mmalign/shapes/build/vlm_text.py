@@ -91,7 +91,8 @@ def _wrap(learner: Tokenizer, letters: list[str]) -> PreTrainedTokenizerFast:
             decoders.ByteLevel(),
             decoders.Fuse(),
             *(decoders.Replace(f" {mark}", mark) for mark in ".,?!:"),
-            decoders.Strip(" ", 0, 1),
+            # Not `Strip`, which panics at a text of nothing but special tokens.
+            decoders.Replace(Regex(" $"), ""),
         ]
     )
     special = (PAD, START, END, IMAGE)
