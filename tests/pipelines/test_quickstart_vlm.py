@@ -61,7 +61,7 @@ def test_the_trial_measures_what_changed() -> None:
 
 def test_marked_captions_are_whole() -> None:
     trial = SpeechTrial(2, 0, GenerationConfig())
-    said = Spoken(["A red star and a blue star.", ""], ["Yes"] * 4)
+    said = Spoken(["A red star and a blue star.", ""], ["Yes"] * 8)
     result = trial.compare(said, said, shown=2)
     assert ["".join(text for text, _ in item.before) for item in result.answers] == said.captions
 
