@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,14 +98,14 @@ def _companions(scene: Scene) -> list[Fact]:
 
 
 def _true_claims(scenes: Sequence[Scene], captions: Sequence[str]) -> float:
-    """Share of sentences that are true in everything they say; unreadable ones are not."""
+    """Share of sentences that are true in all they say, unreadable ones not; NaN without any."""
     verdicts = []
     for scene, caption in zip(scenes, captions, strict=True):
         try:
             verdicts += [statement.holds(scene) for statement in read(caption)]
         except ValueError:
             verdicts.append(False)
-    return sum(verdicts) / len(verdicts)
+    return sum(verdicts) / len(verdicts) if verdicts else math.nan
 
 
 def _wh_question(scene: Scene, rng: random.Random) -> Query:
