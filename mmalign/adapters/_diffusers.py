@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmalign.adapters._ddim import DdimSteps
-from mmalign.adapters._source import ModelSource, first_line
+from mmalign.adapters._folder import first_line
+from mmalign.adapters._source import ModelSource
 from mmalign.config import SamplingConfig
 from mmalign.diffusion import PredictionType, add_noise
 from mmalign.types import Condition, InputError, LatentMoments

@@ -7,7 +7,6 @@ be pickles. Only known classes of diffusers and transformers are loaded, and onl
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from mmalign.config import ModelConfig, as_path
+from mmalign.adapters._folder import first_line, local_folder
+from mmalign.config import ModelConfig
 from mmalign.types import InputError
 
 FamilyName = Literal["sd", "sdxl", "lcm"]
@@ -46,6 +46,10 @@ _REQUIRED = {
     ],
 }
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_WANTED = (
+    "a folder in diffusers' format (convert single files with"
+    " from_single_file(...).save_pretrained(...))"
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -78,7 +82,7 @@ def find_model(config: ModelConfig, *, trains_everything: bool = False) -> Model
     Raises:
         InputError: it does not exist, is of an unsupported kind, or has only pickled weights.
     """
-    folder = _local_folder(config)
+    folder = local_folder(config.model, _WANTED)
     hub = {"revision": config.revision, "local_files_only": config.offline}
     location = config.model if folder is None else str(folder)
     if folder is None:
@@ -101,30 +105,6 @@ def find_model(config: ModelConfig, *, trains_everything: bool = False) -> Model
         denoiser_dtype=torch.float32 if trains_everything else dtype,
         options={**hub, "variant": config.variant, "use_safetensors": True},
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _local_folder(config: ModelConfig) -> Path | None:
-    """Resolve a local folder; None for a hub id."""
-    try:
-        path = as_path(config.model)
-    except (ModuleNotFoundError, ValueError) as error:
-        raise InputError(f"{config.model}: {error}") from error
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise InputError(
-            f"{config.model}: is a file; give a folder in diffusers' format (convert single files"
-            " with from_single_file(...).save_pretrained(...))"
-        )
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.model):
-        return None
-    raise InputError(f"{config.model}: no such folder")
 
 
 def _hub_config(

@@ -24,8 +24,9 @@ from mmalign.adapters._answers import (
 from mmalign.adapters._branches import AnswerScorer
 from mmalign.adapters._chat import Chat, Prefix
 from mmalign.adapters._diffusers import no_file_bars
+from mmalign.adapters._folder import first_line
 from mmalign.adapters._packing import Layout, Sharing
-from mmalign.adapters._vlm_source import VlmSource, first_line
+from mmalign.adapters._vlm_source import VlmSource
 from mmalign.config import GenerationConfig
 from mmalign.data.images import decode, hash_image
 from mmalign.data.schema import RowError

@@ -7,14 +7,14 @@ safetensors, and never with code of its own.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from mmalign.config import VlmModelConfig, as_path
+from mmalign.adapters._folder import first_line, local_folder
+from mmalign.config import VlmModelConfig
 from mmalign.types import InputError
 
 VlmFamilyName = Literal["llava", "qwen_vl"]
@@ -59,7 +59,7 @@ def find_vlm(config: VlmModelConfig) -> VlmSource:
     options: dict[str, Any] = {"local_files_only": config.offline, "trust_remote_code": False}
     if config.revision is not None:
         options["revision"] = config.revision
-    folder = _local_folder(config)
+    folder = local_folder(config.model, "a folder in transformers' format")
     if folder is None:
         content = _hub_config(config, options)
     else:
@@ -83,27 +83,6 @@ def find_vlm(config: VlmModelConfig) -> VlmSource:
         dtype=getattr(torch, config.dtype),
         options=options,
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _local_folder(config: VlmModelConfig) -> Path | None:
-    """Resolve a local folder; None for a hub id."""
-    try:
-        path = as_path(config.model)
-    except (ModuleNotFoundError, ValueError) as error:
-        raise InputError(f"{config.model}: {error}") from error
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise InputError(f"{config.model}: is a file; give a folder in transformers' format")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.model):
-        return None
-    raise InputError(f"{config.model}: no such folder")
 
 
 def _hub_config(config: VlmModelConfig, options: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler
 from torch import Tensor
 
-from mmalign.adapters._source import ModelSource, first_line
+from mmalign.adapters._folder import first_line
+from mmalign.adapters._source import ModelSource
 from mmalign.adapters.sd import StableDiffusionAdapter
 from mmalign.diffusion import SamplerGrid, Transition, consistency_transition
 from mmalign.types import Condition, InputError
