@@ -239,18 +239,24 @@ class EncodedVlmPair:
 
 
 class Branches(NamedTuple):
-    """A prefix (P,) and the answers (R,) each that are scored after it, all tokens."""
+    """A prefix (P,) and the answers (R,) each that are scored after it, all tokens.
+
+    With `labels`, one per answer, the tokens (R,) that are scored are those: each at its place of
+    the answer, which is what stands before it. None scores the answer's own.
+    """
 
     prefix_ids: Tensor
     answers: tuple[Tensor, ...]
     features: ImageFeatures | None
+    labels: tuple[Tensor | None, ...] = ()
 
 
 class Scored(NamedTuple):
     """An answer of R tokens after its prefix of P tokens.
 
-    `logps` (R,) float32 are the log-probabilities of its tokens; `states` (P + R, D), where asked
-    for, the last hidden states of both: those from P - 1 on predict the answer's tokens.
+    `logps` (R,) float32 are the log-probabilities of its tokens, or labels; `states` (P + R, D),
+    where asked for, the last hidden states of both: those from P - 1 on predict the answer's
+    tokens.
     """
 
     logps: Tensor

@@ -47,6 +47,7 @@ class Group:
     Attributes:
         prefix_ids: tokens of the prefix (P,).
         answers: tokens (R,) of the answer of each row.
+        labels: tokens (R,) that are scored at the places of an answer, where they are others.
         rows: the rows.
         scored: tokens (R,) of each answer that count.
         key: identifies content and draws, for caches; None where an answer depends on the policy.
@@ -55,6 +56,7 @@ class Group:
 
     prefix_ids: Tensor
     answers: tuple[Tensor, ...]
+    labels: tuple[Tensor | None, ...]
     rows: tuple[Row, ...]
     scored: tuple[Tensor, ...]
     key: str | None
@@ -63,14 +65,15 @@ class Group:
     @cached_property
     def branches(self) -> Branches:
         """What the networks are run on; images are encoded when it is first asked for."""
-        return Branches(self.prefix_ids, self.answers, self.features())
+        return Branches(self.prefix_ids, self.answers, self.features(), self.labels)
 
 
 class _Text(NamedTuple):
-    """Tokens, and which of them count, (L,) each."""
+    """Tokens, which of them count, and what is scored in their places if not they, (L,) each."""
 
     ids: Tensor
     scored: Tensor
+    labels: Tensor | None = None
 
 
 class RowMaker:
@@ -150,6 +153,7 @@ class RowMaker:
         return Group(
             prefix_ids=prefix,
             answers=tuple(answer.ids for answer in answers),
+            labels=tuple(answer.labels for answer in answers),
             rows=rows,
             scored=tuple(answer.scored for answer in answers),
             key=None if depends else key,
@@ -217,7 +221,7 @@ class RowMaker:
 
     def _answer(self, sample: Sample, row: Row, pair: EncodedVlmPair) -> _Text:
         if row.response == "self":
-            return _whole(self._own(sample))
+            return _whole(pair.chosen_ids)._replace(labels=self._own(sample))
         if row.response == "other":
             pair = self._pairs[self.other(sample).number]
         ids = _response(pair, row.response)

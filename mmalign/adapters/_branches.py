@@ -175,8 +175,8 @@ def _picked(packed: Sequence[Packed], hidden: Tensor) -> Tensor:
 
 
 def _targets(packed: Sequence[Packed]) -> Tensor:
-    """Gather the tokens (N,) of all answers."""
-    return torch.cat([s.ids[path.places[-path.size :]] for s in packed for path in s.paths])
+    """Gather the tokens (N,) that are scored."""
+    return torch.cat([path.targets for path in _paths(packed)])
 
 
 def _whole(packed: Sequence[Packed], values: Tensor) -> list[Tensor]:

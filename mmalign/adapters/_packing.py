@@ -4,7 +4,7 @@ A sequence is a tree, written out in one row: the image with what stands before 
 questions about it, then the answers to each. Each run of tokens sees itself and what it grew from,
 and starts at the position after that, so that every token sees exactly what it would see in a
 sequence of its own: results are the same up to rounding. Two answers to one question need
-P + R1 + R2 tokens instead of 2 P + R1 + R2.
+P + R1 + R2 tokens instead of 2 P + R1 + R2, and equal ones stand there once.
 """
 
 from __future__ import annotations
@@ -51,13 +51,18 @@ class Path(NamedTuple):
         item: number of its prefix in the batch.
         answer: number among the answers of the prefix.
         places: of the tokens of prefix and answer, (P + R,).
-        size: R.
+        targets: tokens that are scored, (R,).
     """
 
     item: int
     answer: int
     places: Tensor
-    size: int
+    targets: Tensor
+
+    @property
+    def size(self) -> int:
+        """R."""
+        return len(self.targets)
 
     @property
     def sources(self) -> Tensor:
@@ -187,11 +192,14 @@ def _tree(
             root = tree.grow(-1, prefix[:common], positions[:, :common])
         question = tree.grow(root, prefix[common:], positions[:, common:])
         after = int(positions.max()) + 1
+        nodes: dict[tuple[int, ...], int] = {}
         for _, number in answers:
-            ids = batch[item].answers[number].cpu()
-            own = (after + torch.arange(len(ids))).expand(len(positions), -1)
-            node = tree.grow(question, ids, own)
-            paths.append(Path(item, number, tree.places(node), len(ids)))
+            ids, targets = _answer(batch[item], number)
+            content = tuple(ids.tolist())
+            if content not in nodes:
+                own = (after + torch.arange(len(ids))).expand(len(positions), -1)
+                nodes[content] = tree.grow(question, ids, own)
+            paths.append(Path(item, number, tree.places(nodes[content]), targets))
     runs = [torch.full((len(ids),), node) for node, ids in enumerate(tree.ids)]
     return Packed(
         ids=torch.cat(tree.ids),
@@ -201,6 +209,13 @@ def _tree(
         paths=tuple(paths),
         features=features,
     )
+
+
+def _answer(branches: Branches, number: int) -> tuple[Tensor, Tensor]:
+    """Return an answer and the tokens that are scored at its places, (R,) each."""
+    ids = branches.answers[number].cpu()
+    labels = branches.labels[number] if branches.labels else None
+    return ids, ids if labels is None else labels.cpu()
 
 
 def _groups(batch: Sequence[Branches], layout: Layout, sharing: Sharing) -> list[list[int]]:

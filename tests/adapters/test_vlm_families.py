@@ -15,6 +15,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from mmalign.adapters import load_vlm
+from mmalign.adapters._packing import Sharing, pack
 from mmalign.adapters._vlm import TooLongError, VlmFamily
 from mmalign.config import GenerationConfig, VlmModelConfig
 from mmalign.data.schema import RowError
@@ -115,6 +116,31 @@ def test_log_probs_are_those_of_full_logits(
         with torch.no_grad():
             ((seen, _),) = adapter.token_logps([branches(adapter, other)])
         assert (seen - scored[0][0]).abs().max() > 1e-2, "the answer does not depend on the image"
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_labels_are_scored_in_the_context_of_the_answer(
+    name: str, load: Callable[[str], VlmFamily]
+) -> None:
+    adapter = load(name)
+    plain = branches(adapter, make_pair())
+    chosen, rejected = plain.answers
+    labels = chosen.flip(0)
+    batch = [plain._replace(answers=(chosen, rejected, chosen), labels=(None, None, labels))]
+    with torch.no_grad():
+        shared, separate = (
+            adapter.score(batch, share_prefix=share, states=True)[0] for share in (True, False)
+        )
+        states = shared[0].states
+        assert states is not None
+        table = adapter.model.get_output_embeddings()(states[-len(chosen) - 1 : -1])
+    expected = table.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(shared[2].logps.double(), expected, atol=1e-5, rtol=1e-6)
+    for one, two in zip(shared, separate, strict=True):
+        torch.testing.assert_close(one.logps, two.logps, atol=1e-5, rtol=1e-6)
+    assert (shared[2].logps - shared[0].logps).abs().max() > 1e-2
+    (packed,) = pack(batch, adapter.layout(), Sharing())
+    assert len(packed.ids) == len(plain.prefix_ids) + len(chosen) + len(rejected)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

@@ -146,7 +146,10 @@ def test_own_answers_depend_on_the_policy_and_are_not_cached(
     make: Callable[..., RowMaker],
 ) -> None:
     maker = make("llava", "povid")
-    (group,) = maker.groups(Sample(0, 0), (Row(response="self"),))
+    (group,) = maker.groups(Sample(0, 0), (Row(), Row(response="self")))
     assert group.key is None
     chosen = maker.test_pairs[0].chosen_ids  # type: ignore[attr-defined]
-    assert torch.equal(group.answers[0], chosen.flip(0))
+    assert torch.equal(group.answers[1], chosen)  # what comes before each token of it
+    assert group.labels[0] is None
+    assert group.labels[1] is not None
+    assert torch.equal(group.labels[1], chosen.flip(0))
