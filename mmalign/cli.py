@@ -121,6 +121,11 @@ COMMANDS: dict[Words, Command] = {
         "make pairs of a vision-language model's own answers, topic by topic",
         positional="questions",
     ),
+    ("shapes", "pictures"): Command(
+        "ShapesPicturesConfig",
+        "mmalign.pipelines.shapes_pictures:run",
+        "draw pictures of Shapes world, with questions",
+    ),
     ("score",): Command("ScoreConfig", "mmalign.pipelines.score:run", "score a folder of images"),
     ("generate",): Command("GenerateConfig", "mmalign.pipelines.generate:run", "sample images"),
     ("evaluate", "image"): Command(

@@ -19,6 +19,7 @@ from mmalign.config import (
     OnlineDpoConfig,
     PairsBuildConfig,
     RunConfig,
+    ShapesPicturesConfig,
     TrainConfig,
     VlmDpoConfig,
     as_path,
@@ -39,6 +40,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "candidates_per_prompt": (2, _INF),
     "caption_dropout": (0, 1),
     "chunk": (1, _INF),
+    "count": (1, _INF),
     "clip_range": (0, 1),
     "concurrency": (1, _INF),
     "curve_points": (0, _INF),
@@ -125,7 +127,11 @@ INPUT_PATHS = {
 }
 MODELS = {"model", "adapter", "base_adapter", "teacher"}
 OUTPUT_PATHS = {"output_dir", "output", "cache_dir"}
-_WRITE_FOLDERS = (GenerateConfig, PairsBuildConfig)  # other commands' `output` may be a file
+_WRITE_FOLDERS = (
+    GenerateConfig,
+    PairsBuildConfig,
+    ShapesPicturesConfig,
+)  # else `output` may be a file
 PREVIEW_ROWS = 64
 """Pairs looked at before training; the rest follows when the pipeline reads them all."""
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
 from mmalign.config import GenerationConfig
-from mmalign.evaluation import WinRate, win_rate
+from mmalign.evaluation import mean_ci, win_rate
+from mmalign.pipelines._vlm_trial import TrialResult
 from mmalign.report import AnswerComparison
 from mmalign.shapes.companions import probe_set, scene_set
 from mmalign.shapes.hallucination import (
-    Interval,
     caption_changes,
     caption_metrics,
     caption_scores,
@@ -36,21 +36,10 @@ class Spoken(NamedTuple):
     answers: list[str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpeechResult:
-    """Metric means before and after, paired changes, win rate by caption, and examples."""
-
-    before: dict[str, float]
-    after: dict[str, float]
-    changes: dict[str, Interval]
-    win_rate: WinRate
-    answers: list[AnswerComparison]
-
-
 class SpeechTrial:
     """Held-out scenes, each to be described, with four yes/no questions about each."""
 
-    def __init__(self, count: int, seed: int, generation: GenerationConfig) -> None:
+    def __init__(self, *, seed: int, generation: GenerationConfig, count: int = 200) -> None:
         """Draw `count` scenes."""
         self._seed, self._generation = seed, generation
         self.scenes = scene_set("held_out", count, seed)
@@ -67,28 +56,30 @@ class SpeechTrial:
         tqdm.write(f"described {len(captions)} held-out scenes, answered {len(answers)} questions")
         return Spoken(captions, answers)
 
-    def compare(self, before: Spoken, after: Spoken, shown: int) -> SpeechResult:
-        """Measure both, and show the first scenes that they describe differently."""
+    def compare(self, before: Spoken, after: Spoken, shown: int) -> TrialResult:
+        """Measure both, and show the first scenes."""
         truths = [probe.truth for probe in self.probes]
-        sides = [
-            caption_metrics(self.scenes, side.captions, seed=self._seed)
-            | question_metrics(truths, side.answers, seed=self._seed)
-            for side in (before, after)
-        ]
         changes = caption_changes(self.scenes, before.captions, after.captions, seed=self._seed)
         changes |= question_changes(truths, before.answers, after.answers, seed=self._seed)
-        return SpeechResult(
-            before={name: interval.value for name, interval in sides[0].items()},
-            after={name: interval.value for name, interval in sides[1].items()},
-            changes=changes,
-            win_rate=win_rate(
-                caption_scores(self.scenes, after.captions),
-                caption_scores(self.scenes, before.captions),
-                [str(index) for index in range(len(self.scenes))],
-                seed=self._seed,
-            ),
+        scores = [caption_scores(self.scenes, side.captions) for side in (before, after)]
+        groups = [str(index) for index in range(len(self.scenes))]
+        gains = [b - a for a, b in zip(*scores, strict=True)]
+        return TrialResult(
+            before=self._metrics(before, scores[0]),
+            after=self._metrics(after, scores[1]),
+            changes={name: change.ci95 for name, change in changes.items()}
+            | {JUDGE: mean_ci(gains, groups, seed=self._seed).ci95},
+            win_rate=win_rate(scores[1], scores[0], groups, seed=self._seed),
+            judge=JUDGE,
             answers=self._examples(before.captions, after.captions, shown),
         )
+
+    def _metrics(self, side: Spoken, scores: Sequence[float]) -> dict[str, float]:
+        truths = [probe.truth for probe in self.probes]
+        intervals = caption_metrics(self.scenes, side.captions, seed=self._seed)
+        intervals |= question_metrics(truths, side.answers, seed=self._seed)
+        values = {name: interval.value for name, interval in intervals.items()}
+        return values | {JUDGE: fmean(scores)}
 
     def _examples(
         self, before: Sequence[str], after: Sequence[str], shown: int

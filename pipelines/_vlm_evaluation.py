@@ -1,10 +1,10 @@
-"""What training changed: log-probs on held-out pairs, and answers to their questions."""
+"""What training changed: log-probs on held-out pairs, answers, and how a task is done."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import GenerationConfig, VlmDpoConfig
 from mmalign.data.vlm_readers import read_vlm_pairs
-from mmalign.evaluation import Mean, mean_ci
+from mmalign.evaluation import mean_ci
 from mmalign.pipelines._vlm_pairs import EncodedPairs
-from mmalign.report import AnswerComparison
+from mmalign.pipelines._vlm_trial import AnswerTrial
+from mmalign.report import AnswerComparison, WinRateSummary
 from mmalign.types import Branches, Question
 
 BAR_DELAY = 1.0
@@ -28,14 +29,57 @@ class Side(NamedTuple):
     answers: list[str]
 
 
+class Measured(NamedTuple):
+    """One model: on the held-out pairs, and whatever a trial keeps of it."""
+
+    pairs: Side | None
+    trial: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class VlmEvaluation:
-    """Base against trained model; empty without held-out pairs."""
+    """Base against trained model; empty without held-out pairs and trial."""
 
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
-    changes: dict[str, Mean] = field(default_factory=dict)
+    changes: dict[str, tuple[float, float]] = field(default_factory=dict)
     answers: list[AnswerComparison] = field(default_factory=list)
+    win_rate: WinRateSummary | None = None
+
+
+class Evaluator:
+    """Everything that a training run measures before and after."""
+
+    def __init__(self, adapter: VlmFamily, config: VlmDpoConfig, trial: AnswerTrial | None) -> None:
+        """Read what it needs.
+
+        Raises:
+            InputError: held-out pairs cannot be used.
+        """
+        self._adapter, self._trial, self._shown = adapter, trial, config.num_answers
+        self._held_out = None if config.eval_pairs is None else HeldOut(adapter, config)
+
+    def measure(self, description: str) -> Measured:
+        """Measure the model as it is."""
+        pairs = None if self._held_out is None else self._held_out.measure(description)
+        trial = None if self._trial is None else self._trial.listen(self._adapter)
+        return Measured(pairs, trial)
+
+    def compare(self, before: Measured, after: Measured) -> VlmEvaluation:
+        """Put together what changed."""
+        found = VlmEvaluation()
+        if self._held_out is not None and before.pairs is not None and after.pairs is not None:
+            found = self._held_out.compare(before.pairs, after.pairs)
+        if self._trial is None:
+            return found
+        trial = self._trial.compare(before.trial, after.trial, self._shown)
+        return VlmEvaluation(
+            before={**trial.before, **found.before},
+            after={**trial.after, **found.after},
+            changes={**trial.changes, **found.changes},
+            answers=[*trial.answers, *found.answers],
+            win_rate=WinRateSummary(judge=trial.judge, **trial.win_rate._asdict()),
+        )
 
 
 class HeldOut:
@@ -90,7 +134,7 @@ class HeldOut:
                 [b - a for a, b in zip(values, after.values[name], strict=True)],
                 self.groups,
                 seed=self._config.seed,
-            )
+            ).ci95
             for name, values in before.values.items()
         }
         return VlmEvaluation(

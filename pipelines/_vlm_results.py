@@ -46,12 +46,12 @@ def write_vlm_results(
         versions=library_versions(),
         before=evaluation.before,
         after=evaluation.after,
-        win_rate=None,
+        win_rate=evaluation.win_rate,
         cost=cost,
     )
     report = Report(
         summary=summary,
-        changes={name: change.ci95 for name, change in evaluation.changes.items()},
+        changes=evaluation.changes,
         answers=evaluation.answers,
         metrics=read_metrics(folder / "metrics.jsonl"),
         config=dump_config(config),

@@ -22,7 +22,7 @@ from mmalign.data.order import BatchPlan, GroupedOrder, batch_indices
 from mmalign.data.vlm_readers import read_vlm_pairs
 from mmalign.objectives.vlm_rows import Preset, plan
 from mmalign.pipelines._training import changed_since
-from mmalign.pipelines._vlm_evaluation import HeldOut, VlmEvaluation
+from mmalign.pipelines._vlm_evaluation import Evaluator
 from mmalign.pipelines._vlm_meter import VlmMeter
 from mmalign.pipelines._vlm_pairs import EncodedPairs, FeatureCache
 from mmalign.pipelines._vlm_preset import resolve_preset
@@ -31,6 +31,7 @@ from mmalign.pipelines._vlm_results import write_vlm_results
 from mmalign.pipelines._vlm_rows import RowMaker, Sample
 from mmalign.pipelines._vlm_similarity import clip_similarity
 from mmalign.pipelines._vlm_step import StepParts, VlmBatch, VlmStep
+from mmalign.pipelines._vlm_trial import load_trial
 from mmalign.reference import make_reference
 from mmalign.report import RunSummary
 from mmalign.trainer import Trainer
@@ -41,15 +42,19 @@ from mmalign.vlm_lora import attach_vlm_lora, save_vlm_lora
 logger = logging.getLogger(__name__)
 
 
-def run(config: VlmDpoConfig) -> RunSummary:
+def run(config: VlmDpoConfig, *, started: float | None = None) -> RunSummary:
     """Train on pairs, save the adapter, evaluate, and write the run folder.
+
+    Args:
+        config: everything.
+        started: when the job that this is part of began, by `time.monotonic`.
 
     Raises:
         InputError: anything in the options, the pairs or the model is unusable.
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     output = Path(config.output_dir)
-    preset = resolve_preset(config)
+    preset, trial = resolve_preset(config), load_trial(config)
     table = read_vlm_pairs(config.pairs)
     logger.info(
         "%d pairs, %d ties dropped, %d bad rows skipped",
@@ -66,10 +71,10 @@ def run(config: VlmDpoConfig) -> RunSummary:
     resolved = dump_config(config)
     changes = changed_since(output, resolved)
     write_bytes(output / "config.yaml", resolved.encode())
-    held_out = None if config.eval_pairs is None else HeldOut(adapter, config)
+    evaluator = Evaluator(adapter, config, trial)
     job = _Job(config, adapter, accelerator, pairs, preset)
     # A LoRA that was just attached changes nothing, so this is the base, in the same precision.
-    before = None if held_out is None else held_out.measure("evaluate base")
+    before = evaluator.measure("evaluate base")
     trainer = job.trainer()
     with job.meter.running():
         job.fill_reference()
@@ -80,9 +85,7 @@ def run(config: VlmDpoConfig) -> RunSummary:
             stack.enter_context(trainer.averaged_weights())
         if accelerator.is_main_process:
             _save(config, adapter, output)
-        evaluation = VlmEvaluation()
-        if held_out is not None and before is not None:
-            evaluation = held_out.compare(before, held_out.measure("evaluate aligned"))
+        evaluation = evaluator.compare(before, evaluator.measure("evaluate aligned"))
     summary = write_vlm_results(
         config,
         evaluation,

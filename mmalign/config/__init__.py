@@ -39,6 +39,7 @@ from mmalign.config.jobs import (
     QuickstartImageConfig,
     QuickstartVlmConfig,
     ScoreConfig,
+    ShapesPicturesConfig,
 )
 from mmalign.config.offline import (
     ConsistencyDpoConfig,
@@ -89,6 +90,7 @@ from mmalign.config.topics import (
 from mmalign.config.vlm import (
     LANGUAGE_TARGETS,
     GenerationConfig,
+    TrialConfig,
     VlmDpoConfig,
     VlmFamily,
     VlmLoraConfig,
@@ -155,6 +157,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "ShapesPicturesConfig",
     "SimilarityConfig",
     "Strict",
     "TailorpoConfig",
@@ -163,6 +166,7 @@ __all__ = [
     "TopicStage",
     "TrainConfig",
     "TrajectoryConfig",
+    "TrialConfig",
     "VlmDpoConfig",
     "VlmFamily",
     "VlmLoraConfig",

@@ -206,6 +206,24 @@ class QuickstartVlmConfig:
 
 
 @dataclass(kw_only=True)
+class ShapesPicturesConfig:
+    """Pictures of Shapes world to try things on.
+
+    Attributes:
+        output: folder of `questions.jsonl` and `images/`.
+        count: pictures.
+        scenes: compositions of `train`, those that are `held_out` of it, or `stress`, four objects
+            each.
+        seed: of the scenes.
+    """
+
+    output: str = "pictures"
+    count: int = 160
+    scenes: Literal["train", "held_out", "stress"] = "train"
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
 class EnvConfig:
     """What `mmalign env` prints.
 

@@ -107,6 +107,20 @@ class VlmPairsConfig:
 
 
 @dataclass(kw_only=True)
+class TrialConfig:
+    """A task that base and trained model are given, with an exact judge.
+
+    Attributes:
+        name: `shapes`, captions and yes/no questions about held-out pictures of Shapes world; or
+            `module:Class`, called with `seed`, `generation` and the options.
+        options: further keyword arguments, such as `count` of pictures.
+    """
+
+    name: str = "shapes"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
 class VlmDpoConfig(TrainConfig, ReferenceConfig, PreferenceConfig, VlmModelConfig):
     """Preference optimization of a vision-language model on pairs of answers.
 
@@ -124,6 +138,7 @@ class VlmDpoConfig(TrainConfig, ReferenceConfig, PreferenceConfig, VlmModelConfi
         lora: what is trained.
         pairs: where pairs come from.
         eval_pairs: held-out pairs that accuracy and margin are measured on before and after.
+        trial: a task whose answers are judged before and after.
         max_length: longest sequence in tokens; longer answers are shortened, images never. The
             model's own context when omitted.
         share_prefix: compute image and question once for the answers that follow them: exact.
@@ -132,7 +147,8 @@ class VlmDpoConfig(TrainConfig, ReferenceConfig, PreferenceConfig, VlmModelConfi
         cache_reference: compute log-probabilities of the reference once and keep them on disk.
         cache_dir: folder of that cache; `<output_dir>/cache` when omitted.
         image_cache_mib: memory for features of images that were encoded before.
-        num_answers: questions of `eval_pairs` that are answered before and after, for the report.
+        num_answers: questions of `eval_pairs` that are answered before and after, for the report,
+            and answers of `trial` shown there.
         generation: how they are answered.
         logits_chunk: answer positions whose logits exist at the same time.
     """
@@ -148,6 +164,7 @@ class VlmDpoConfig(TrainConfig, ReferenceConfig, PreferenceConfig, VlmModelConfi
     lora: VlmLoraConfig = field(default_factory=VlmLoraConfig)
     pairs: VlmPairsConfig = field(default_factory=VlmPairsConfig)
     eval_pairs: VlmPairsConfig | None = None
+    trial: TrialConfig | None = None
     max_length: int | None = None
     share_prefix: bool = True
     group_images: bool = False

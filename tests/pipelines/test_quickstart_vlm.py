@@ -9,14 +9,22 @@ from typing import Any
 
 import pytest
 
-from mmalign.config import GenerationConfig, QuickstartVlmConfig, TopicOverwriteConfig
-from mmalign.pipelines import quickstart_vlm
+from mmalign.config import (
+    GenerationConfig,
+    QuickstartVlmConfig,
+    ShapesPicturesConfig,
+    TopicOverwriteConfig,
+    TrialConfig,
+    VlmDpoConfig,
+)
+from mmalign.pipelines import quickstart_vlm, shapes_pictures
 from mmalign.pipelines._speech_trial import SpeechTrial, Spoken
+from mmalign.pipelines._vlm_trial import load_trial
 from mmalign.shapes.companions import scene_set
 from mmalign.shapes.parser import parse_image
 from mmalign.shapes.questions import YES, read_question
 from mmalign.shapes.speech import DESCRIBE, facts_of
-from mmalign.types import Question
+from mmalign.types import InputError, Question
 
 
 class Speaker:
@@ -40,7 +48,7 @@ class Speaker:
 
 
 def test_the_trial_measures_what_changed() -> None:
-    trial = SpeechTrial(12, 0, GenerationConfig())
+    trial = SpeechTrial(count=12, seed=0, generation=GenerationConfig())
     before = trial.listen(Speaker("There is a red star.", agreeable=True))  # type: ignore[arg-type]
     after = trial.listen(Speaker("", agreeable=False))  # type: ignore[arg-type]
     result = trial.compare(before, after, shown=3)
@@ -50,7 +58,8 @@ def test_the_trial_measures_what_changed() -> None:
     assert result.before["coverage"] == result.after["coverage"] == 1
     assert (result.before["yes_no_accuracy"], result.before["yes_rate"]) == (0.5, 1)
     assert (result.after["yes_no_accuracy"], result.after["yes_rate"]) == (1, 0.5)
-    assert result.changes["length"].value == -5
+    assert result.changes["length"] == (-5, -5)
+    assert result.after["shapes_objects_f1"] == 1
     assert result.win_rate.wins == 12 - red_stars
     assert result.win_rate.value == 1
     marked = [text for item in result.answers for text, wrong in item.before if wrong]
@@ -60,14 +69,27 @@ def test_the_trial_measures_what_changed() -> None:
 
 
 def test_marked_captions_are_whole() -> None:
-    trial = SpeechTrial(2, 0, GenerationConfig())
+    trial = SpeechTrial(count=2, seed=0, generation=GenerationConfig())
     said = Spoken(["A red star and a blue star.", ""], ["Yes"] * 8)
     result = trial.compare(said, said, shown=2)
     assert ["".join(text for text, _ in item.before) for item in result.answers] == said.captions
 
 
+@pytest.mark.parametrize(
+    ("trial", "message"),
+    [
+        (TrialConfig(name="shape"), "'shape' is unknown: did you mean 'shapes'"),
+        (TrialConfig(options={"scenes": 3}), "trial.options: shapes: .*'scenes'"),
+        (TrialConfig(name="json:Nothing"), "cannot import 'json:Nothing'"),
+    ],
+)
+def test_an_unusable_trial_is_one_line(trial: TrialConfig, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_trial(VlmDpoConfig(trial=trial))
+
+
 def test_questions_show_training_pictures(tmp_path: Path) -> None:
-    quickstart_vlm.write_questions(tmp_path, 3, seed=1)
+    shapes_pictures.run(ShapesPicturesConfig(output=str(tmp_path), count=3, seed=1))
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [DESCRIBE[0]] * 3
     assert len({row["id"] for row in rows}) == 3
