@@ -42,6 +42,22 @@ def percent(value: float) -> str:
     return f"{100 * min(1.0, max(0.0, value)):.0f} %"
 
 
+def tenths(value: float) -> str:
+    """Write a small share."""
+    return f"{100 * min(1.0, max(0.0, value)):.1f} %"
+
+
+def points(value: float) -> str:
+    """Write a change of a share in percentage points."""
+    return signed_tenths(100 * value)
+
+
+def signed_tenths(value: float) -> str:
+    """Write a change."""
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+
+
 def count(value: float) -> str:
     """Write a large number."""
     return f"{value:,.0f}"
@@ -61,12 +77,19 @@ QUALITY = (
     Column("valid", lambda r: "after/valid", percent),
     Column("diversity", lambda r: "change/diversity", signed),
     Column("KL", lambda r: "after/kl", short),
+    Column("CHAIR_s", lambda r: "after/chair_s", tenths),
+    Column("CHAIR_i", lambda r: "after/chair_i", tenths),
+    Column("coverage", lambda r: "change/coverage", points),
+    Column("words", lambda r: "change/length", signed_tenths),
+    Column("yes/no right", lambda r: "change/yes_no_accuracy", points),
+    Column("yes rate", lambda r: "change/yes_rate", points),
 )
 COST = (
     Column("steps", lambda r: "steps", count),
     Column("queries", lambda r: "cost/reward_queries", count),
     Column("forwards", lambda r: "cost/unet_forwards", count),
     Column("backwards", lambda r: "cost/unet_backwards", count),
+    Column("tokens", lambda r: "cost/tokens_forward", count),
     Column("seconds", lambda r: "cost/train_seconds", count),
     Column("peak MiB", lambda r: "peak_memory_mib", count),
 )
@@ -144,7 +167,6 @@ def markdown(config: CompareConfig, results: Sequence[MethodResult]) -> str:
 def explanation(config: CompareConfig, results: Sequence[MethodResult]) -> list[str]:
     """Say what the numbers are, as sentences."""
     judge = next((r.judge for r in results if r.judge), None)
-    rewards = ", ".join(dict.fromkeys(r.reward for r in results if r.reward))
     included = "" if config.budget.unit == "steps" else ", pairs included"
     several = config.seeds > 1
     seeds = f"{config.seeds} seeds" if several else "One seed"
@@ -157,11 +179,28 @@ def explanation(config: CompareConfig, results: Sequence[MethodResult]) -> list[
         " seeds' comparisons together."
         if judge
         else "No judge was given, so there is no win rate.",
+        *([_OF_ANSWERS] if any(r.train == "vlm-dpo" for r in results) else []),
+        *([_of_images(results)] if any(r.train != "vlm-dpo" for r in results) else []),
+    ]
+
+
+_OF_ANSWERS = (
+    "CHAIR_s is the trained model's share of answers that name an object that is not there, CHAIR_i"
+    " that of mentioned objects. Judge is the change from the base to the trained model, and so are"
+    " coverage (share of the objects that are named), yes/no right and yes rate, in percentage"
+    " points, and words per answer. Tokens are those through the language model while training,"
+    " reference included."
+)
+
+
+def _of_images(results: Sequence[MethodResult]) -> str:
+    rewards = ", ".join(dict.fromkeys(r.reward for r in results if r.reward))
+    return (
         f"Judge, reward ({rewards}) and diversity are changes from the base to the trained model;"
         " correct and valid are the trained model's. KL is in nats per latent element, from the"
         " base, summed over sampler steps. Forwards and backwards are rows through the denoiser,"
-        " queries are images scored, both while training and for pairs; seconds likewise.",
-    ]
+        " queries are images scored, both while training and for pairs; seconds likewise."
+    )
 
 
 def page(config: CompareConfig, results: Sequence[MethodResult]) -> str:

@@ -8,18 +8,22 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from mmalign.config import (
     EVALUATION_SEED,
     TRAIN_CONFIGS,
     BudgetConfig,
+    BudgetUnit,
     CompareConfig,
     MethodConfig,
     OfflineConfig,
     OnlineConfig,
     PairsBuildConfig,
     RunConfig,
+    TopicOverwriteConfig,
+    TrainConfig,
+    VlmDpoConfig,
     as_path,
 )
 from mmalign.data.prompts import read_prompts
@@ -38,10 +42,17 @@ Cost = Mapping[str, float]
 
 
 class Pairs(NamedTuple):
-    """Pairs that a method trains on, before seed and folder are fixed."""
+    """Pairs that a method trains on, before seed and folder are fixed.
+
+    `command` follows `mmalign pairs`; `file` in the folder is what training reads.
+    """
 
     method: MethodConfig
     flags: dict[str, Any]
+    command: str = "build"
+    place: str = "output"
+    seeds: tuple[str, ...] = ("sampling.seed",)
+    file: str = ""
 
     def folder(self, config: CompareConfig, seed: int) -> Path:
         """Name their folder: methods with the same options share it."""
@@ -51,9 +62,10 @@ class Pairs(NamedTuple):
         return as_path(config.output_dir) / "pairs" / label / f"seed-{seed}"
 
     def arguments(self, config: CompareConfig, seed: int) -> list[str]:
-        """Say what follows `mmalign pairs build`."""
-        own = {"output": str(self.folder(config, seed)), "sampling.seed": seed}
-        return _arguments(self.method.pairs, {**self.flags, **own})
+        """Say what follows `mmalign pairs`."""
+        own = {self.place: str(self.folder(config, seed)), **dict.fromkeys(self.seeds, seed)}
+        flags = _of_seed({**self.flags, **own}, seed)
+        return [self.command, *_arguments(self.method.pairs, flags)]
 
 
 class Method(NamedTuple):
@@ -61,7 +73,7 @@ class Method(NamedTuple):
 
     config: MethodConfig
     flags: dict[str, Any]
-    parsed: RunConfig
+    parsed: TrainConfig
     pairs: Pairs | None
     pairs_cost: Cost
 
@@ -76,13 +88,16 @@ class Method(NamedTuple):
     def probe_arguments(self, config: CompareConfig) -> list[str]:
         """Say what follows `mmalign train` in the probe."""
         steps = TIMED_PROBE_STEPS if config.budget.unit == "seconds" else PROBE_STEPS
-        flags = {**self.flags, **WITHOUT_EVALUATION, "max_steps": steps, "save_steps": 0}
+        image = isinstance(self.parsed, RunConfig)
+        quiet = WITHOUT_EVALUATION if image else {"trial": None, "eval_pairs": None}
+        flags = {**self.flags, **quiet, "max_steps": steps, "save_steps": 0}
         return self._arguments(config, 0, self.probe_folder(config), flags)
 
     def arguments(self, config: CompareConfig, seed: int, max_steps: int) -> list[str]:
         """Say what follows `mmalign train` in a run."""
-        flags = {**self.flags, "max_steps": max_steps}
-        if config.curve_points and self.parsed.evaluation.prompts is not None:
+        flags, parsed = {**self.flags, "max_steps": max_steps}, self.parsed
+        curve = isinstance(parsed, RunConfig) and parsed.evaluation.prompts is not None
+        if config.curve_points and curve:
             every = max(1, max_steps // config.curve_points)
             flags.setdefault("evaluation.every_steps", every)
         return self._arguments(config, seed, self.folder(config, seed), flags)
@@ -93,12 +108,14 @@ class Method(NamedTuple):
         own: dict[str, Any] = {
             "output_dir": str(folder),
             "seed": seed,
-            "sampling.seed": EVALUATION_SEED + seed,
             "resume_from_checkpoint": "latest",
         }
+        if isinstance(self.parsed, RunConfig):
+            own["sampling.seed"] = EVALUATION_SEED + seed
         if self.pairs is not None:
-            own["pairs.path"] = str(self.pairs.folder(config, seed))
-        return [self.config.train, *_arguments(self.config.config, {**flags, **own})]
+            own["pairs.path"] = str(self.pairs.folder(config, seed) / self.pairs.file)
+        flags = _of_seed({**flags, **own}, seed)
+        return [self.config.train, *_arguments(self.config.config, flags)]
 
 
 def plan_methods(config: CompareConfig) -> list[Method]:
@@ -134,12 +151,17 @@ def affordable_steps(
         own_steps: what is done when steps cost nothing in this unit.
 
     Raises:
-        InputError: it does not pay for one step.
+        InputError: it does not pay for one step, or the method does not count this unit.
     """
-    if budget.unit == "steps":
+    unit = COST_NAMES.get(budget.unit, budget.unit)
+    if unit == "steps":
         per, spent = 1.0, 0.0
+    elif unit not in per_step:
+        known = [u for u in get_args(BudgetUnit) if COST_NAMES.get(u, u) in per_step]
+        raise InputError(
+            f"budget.unit: {name} does not count {budget.unit}; use steps, {' or '.join(known)}"
+        )
     else:
-        unit = COST_NAMES.get(budget.unit, budget.unit)
         per, spent = per_step[unit], pairs.get(unit, 0.0)
     left = budget.amount - spent
     steps = own_steps if per == 0 and left >= 0 else math.floor(left / per) if per else 0
@@ -189,22 +211,46 @@ def _plan(config: CompareConfig, method: MethodConfig) -> Method:
     parsed = _parsed(config_class, method.name, method.config, flags)
     if method.pairs is None:
         return Method(method, flags, parsed, None, {})
+    if issubclass(config_class, VlmDpoConfig):
+        pairs = _topics(config, method)
+        return Method(method, flags, parsed, pairs, {})
     if not issubclass(config_class, OfflineConfig):
         raise InputError(f"methods.{method.name}.pairs: {method.train} takes no pairs")
-    given = {"model": config.model, "prompts": config.prompts}
-    pair_flags = {k: v for k, v in given.items() if v is not None} | method.pairs_options
+    pair_flags = _pair_flags(config, method, "prompts")
     build = _parsed(PairsBuildConfig, method.name, method.pairs, pair_flags)
     return Method(method, flags, parsed, Pairs(method, pair_flags), pairs_cost(build))
 
 
+def _topics(config: CompareConfig, method: MethodConfig) -> Pairs:
+    """Plan pairs of answers; what they cost is known only afterwards, in seconds."""
+    flags = _pair_flags(config, method, "questions")
+    _parsed(TopicOverwriteConfig, method.name, method.pairs, flags)
+    seeds = ("seed", "sampling.seed", "resampling.seed")
+    return Pairs(method, flags, "topics", "output_dir", seeds, "pairs.jsonl")
+
+
+def _pair_flags(config: CompareConfig, method: MethodConfig, prompts: str) -> dict[str, Any]:
+    given = {"model": config.model, prompts: config.prompts}
+    return {k: v for k, v in given.items() if v is not None} | method.pairs_options
+
+
+def _of_seed(flags: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Put the seed where texts have `{seed}`."""
+    return {
+        name: value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+        for name, value in flags.items()
+    }
+
+
 def _train_flags(
-    config: CompareConfig, method: MethodConfig, config_class: type[RunConfig]
+    config: CompareConfig, method: MethodConfig, config_class: type[TrainConfig]
 ) -> dict[str, Any]:
     """Merge options: what holds for all, then what the method says."""
     flags: dict[str, Any] = {} if config.model is None else {"model": config.model}
     if config.prompts is not None and issubclass(config_class, OnlineConfig):
         flags["prompts"] = config.prompts
-    flags |= {f"evaluation.{name}": value for name, value in config.evaluation.items()}
+    if issubclass(config_class, RunConfig):
+        flags |= {f"evaluation.{name}": value for name, value in config.evaluation.items()}
     return {**flags, **config.options, **method.options}
 
 

@@ -55,7 +55,7 @@ class MethodResult:
         train: its training command.
         judge: name of the judge's metric; None without a judge.
         reward: name of the first reward of the evaluation, which is the one trained on in all
-            packaged configurations; None without rewards.
+            packaged configurations; None without rewards, and for vision-language models.
         metrics: interval of `win_rate`, of `after/<metric>`, `change/<metric>`, `cost/<what>`
             (pairs included), `steps`, `wall_seconds` and `peak_memory_mib`.
         pooled: win rate of all seeds together.
@@ -112,7 +112,7 @@ def aggregate(
             values.setdefault(key, []).append(value)
     summary = runs[0].summary if runs else {}
     judge = (summary.get("win_rate") or {}).get("judge")
-    first = next(iter(summary.get("before", {})), None)
+    first = None if train == "vlm-dpo" else next(iter(summary.get("before", {})), None)
     return MethodResult(
         name=name,
         train=train,

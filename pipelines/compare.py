@@ -67,7 +67,7 @@ def _pairs_tasks(config: CompareConfig, methods: list[Method]) -> dict[Path, Tas
             folder = method.pairs.folder(config, seed)
             tasks[folder] = Task(
                 label=f"pairs {folder.parent.name} seed {seed}",
-                arguments=["pairs", "build", *method.pairs.arguments(config, seed)],
+                arguments=["pairs", *method.pairs.arguments(config, seed)],
                 folder=folder,
                 finished=(folder / PAIRS_COST).is_file,
                 succeeded=_pairs_done(folder, method.pairs_cost),

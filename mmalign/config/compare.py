@@ -15,10 +15,11 @@ from mmalign.config.offline import (
     MapoConfig,
 )
 from mmalign.config.online import D3poConfig, DraftConfig, RocmConfig, TailorpoConfig
-from mmalign.config.parts import RunConfig
+from mmalign.config.parts import TrainConfig
+from mmalign.config.vlm import VlmDpoConfig
 
-BudgetUnit = Literal["steps", "reward_queries", "unet_forwards", "seconds"]
-TRAIN_CONFIGS: Mapping[str, type[RunConfig]] = {
+BudgetUnit = Literal["steps", "reward_queries", "unet_forwards", "tokens_forward", "seconds"]
+TRAIN_CONFIGS: Mapping[str, type[TrainConfig]] = {
     "diffusion-dpo": DiffusionDpoConfig,
     "consistency-dpo": ConsistencyDpoConfig,
     "curriculum-dpo": CurriculumDpoConfig,
@@ -29,6 +30,7 @@ TRAIN_CONFIGS: Mapping[str, type[RunConfig]] = {
     "tailorpo": TailorpoConfig,
     "draft": DraftConfig,
     "rocm": RocmConfig,
+    "vlm-dpo": VlmDpoConfig,
 }
 """The training commands that can be compared, `mmalign train NAME`.
 
@@ -41,9 +43,11 @@ class BudgetConfig:
     """What every run may spend, pairs built for it included.
 
     Attributes:
-        unit: `steps` (optimizer steps), `reward_queries` (images scored), `unet_forwards` (rows
-            through the denoiser) or `seconds` of training. What a step costs is measured; a method
-            whose steps cost nothing in this unit takes the steps of its configuration.
+        unit: `steps` (optimizer steps), `seconds` of training, `reward_queries` (images scored) and
+            `unet_forwards` (rows through the denoiser) for image generators, or `tokens_forward`
+            (through the language model, without those of pairs) for vision-language models. What a
+            step costs is measured; a method whose steps cost nothing in this unit takes the steps
+            of its configuration.
         amount: how many of them.
     """
 
@@ -59,10 +63,10 @@ class MethodConfig:
         name: its label, and its folder.
         train: the command after `mmalign train`, such as `d3po`.
         config: packaged configuration or YAML file of that command.
-        pairs: packaged configuration or YAML file of `pairs build`; pairs are built from it first,
-            once per seed, and count into the cost.
+        pairs: packaged configuration or YAML file of `pairs build`, or for `vlm-dpo` of
+            `pairs topics`; pairs are built from it first, once per seed, and count into the cost.
         options: further options of the training command, dotted names allowed.
-        pairs_options: further options of `pairs build`.
+        pairs_options: further options of the command that builds the pairs.
     """
 
     name: str = ""
@@ -84,8 +88,9 @@ class CompareConfig:
         methods: what is compared.
         model: model of every method and of all pairs; leave it out where methods train different
             kinds of models.
-        prompts: training prompts of every online method and of all pairs.
-        evaluation: options of every method's `evaluation`, such as `num_prompts`.
+        prompts: training prompts of every online method and of all pairs; questions of
+            vision-language models. `{seed}` in it stands for the seed.
+        evaluation: options of every image method's `evaluation`, such as `num_prompts`.
         options: options of every training command.
         curve_points: evaluations along training, for the curves; 0 leaves them out.
         processes: runs at a time; each gets an equal share of the threads.

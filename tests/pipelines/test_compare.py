@@ -22,6 +22,13 @@ from mmalign.types import InputError
 FORWARDS_PER_STEP = 96
 
 
+VLM_SUMMARY = {
+    "before": {"chair_s": 0.3, "coverage": 0.9, "judged": 0.5},
+    "after": {"chair_s": 0.1, "coverage": 0.88, "judged": 0.6},
+    "win_rate": {"value": 0.8, "wins": 8, "losses": 2, "ties": 1, "judge": "judged"},
+}
+
+
 class FakeProcess:
     """Stands for `mmalign ...`: writes the summary that the command would, or fails."""
 
@@ -38,17 +45,23 @@ class FakeProcess:
             stdout.write(b"10%|#  |\rerror: it broke\n")
         elif self.arguments[0] == "train":
             steps = int(flags["max_steps"])
-            summary = {
-                "steps": steps,
-                "before": {"clip": 0.5, "exact": 0.5},
-                "after": {"clip": 0.6, "exact": 0.6},
-                "win_rate": {"value": 0.6, "wins": 6, "losses": 4, "ties": 0, "judge": "exact"},
-                "cost": {
-                    "unet_forwards": steps * FORWARDS_PER_STEP,
-                    "reward_queries": 0,
-                    "train_seconds": 0.5 * steps,
-                },
-            }
+            tokens = {"cost": {"tokens_forward": 100 * steps, "train_seconds": 2.0 * steps}}
+            vlm = self.arguments[1] == "vlm-dpo"
+            summary = (
+                {"steps": steps, **VLM_SUMMARY, **tokens}
+                if vlm
+                else {
+                    "steps": steps,
+                    "before": {"clip": 0.5, "exact": 0.5},
+                    "after": {"clip": 0.6, "exact": 0.6},
+                    "win_rate": {"value": 0.6, "wins": 6, "losses": 4, "ties": 0, "judge": "exact"},
+                    "cost": {
+                        "unet_forwards": steps * FORWARDS_PER_STEP,
+                        "reward_queries": 0,
+                        "train_seconds": 0.5 * steps,
+                    },
+                }
+            )
             (Path(place) / "summary.json").write_text(json.dumps(summary))
 
     def poll(self) -> int:
@@ -115,6 +128,60 @@ def test_budget_pays_for_pairs_first(calls: list[list[str]], prompts: Path, tmp_
     assert found["offline"]["metrics"]["cost/unet_forwards"]["mean"] == 9 * 96 + 120
     assert found["offline"]["metrics"]["cost/reward_queries"]["mean"] == 12
     assert found["online"]["metrics"]["cost/unet_forwards"]["mean"] == 10 * 96
+
+
+def answering(tmp_path: Path, **more: Any) -> CompareConfig:
+    methods = [
+        MethodConfig(
+            name=name,
+            train="vlm-dpo",
+            config="shapes_vlm_dpo",
+            pairs="shapes_topics",
+            options={"preset": name, "trial": {"name": "shapes"}},
+        )
+        for name in ("dpo", "mdpo")
+    ]
+    options: dict[str, Any] = {
+        "output_dir": str(tmp_path / "out"),
+        "seeds": 2,
+        "budget": BudgetConfig(unit="steps", amount=3),
+        "prompts": "pictures/{seed}/questions.jsonl",
+        "methods": methods,
+    }
+    return CompareConfig(**{**options, **more})
+
+
+def test_vision_language_methods_share_pairs_of_topics(
+    calls: list[list[str]], tmp_path: Path
+) -> None:
+    compare.run(answering(tmp_path))
+    kinds = [call[:2] for call in calls]
+    assert kinds == [["pairs", "topics"]] * 2 + [["train", "vlm-dpo"]] * 4
+    for seed, call in enumerate(calls[:2]):
+        assert f"--questions=pictures/{seed}/questions.jsonl" in call
+        assert {f"--seed={seed}", f"--sampling.seed={seed}", f"--resampling.seed={seed}"} < {*call}
+        folder = next(part for part in call if part.startswith("--output_dir=")).partition("=")[2]
+        trained = [train for train in calls[2:] if f"--pairs.path={folder}/pairs.jsonl" in train]
+        assert len(trained) == 2
+        assert all(f"--seed={seed}" in train for train in trained)
+    table = (tmp_path / "out" / "results.md").read_text()
+    head, _, row = table.splitlines()[:3]
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["CHAIR_s"].startswith("10.0 %")
+    assert cells["coverage"].startswith("\u22122.0")
+    assert cells["tokens"] == "300"
+    assert "reward" not in cells
+    assert "rows through the denoiser" not in table
+
+
+def test_a_unit_that_a_method_does_not_count_is_named(
+    calls: list[list[str]], tmp_path: Path
+) -> None:
+    unit = BudgetConfig(unit="reward_queries", amount=100)
+    with pytest.raises(InputError, match=r"dpo does not count reward_queries; use steps, tokens_f"):
+        compare.run(answering(tmp_path, budget=unit))
+    probe = calls[-1]
+    assert "--trial=null" in probe
 
 
 def test_complete_runs_are_skipped(calls: list[list[str]], prompts: Path, tmp_path: Path) -> None:
