@@ -46,6 +46,7 @@ def run(config: QuickstartVlmConfig) -> None:
         f"--resampling.seed={config.seed}",
         "--sampling.temperature=1.0",  # what greedy captions may say has to be sampled often
         "--min_topics=1",
+        "--fallback=drop",  # the best whole answer is often one that says less
         "--responses=6",
         "--chunk=80",
         "--sampling.batch_size=96",
