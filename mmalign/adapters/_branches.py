@@ -49,6 +49,7 @@ class AnswerScorer(nn.Module):
         self.layout = layout
         self.logits_chunk = logits_chunk
         use_forests(self._language_model)
+        self.train(model.training)  # a trainer that looks at this module alone must not be misled
 
     def forward(
         self, batch: Sequence[Branches], sharing: Sharing = SEPARATE, states: bool = False

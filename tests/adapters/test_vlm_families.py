@@ -155,7 +155,8 @@ def test_sliding_windows_are_those_of_plain_transformers(
 
 def test_the_last_layer_is_not_computed_twice(vlm: Callable[[str], Path]) -> None:
     adapter = load_vlm(VlmModelConfig(model=str(vlm("qwen3_vl")), offline=True), "cpu")
-    adapter.model.train()
+    assert not adapter.policy.training  # or no trainer would switch checkpointing on
+    adapter.policy.train()
     adapter.checkpoint_activations()
     layers = adapter.model.model.language_model.layers
     calls = [0] * len(layers)
