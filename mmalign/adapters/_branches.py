@@ -6,23 +6,15 @@ only there, apart from the keys and values that are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmalign.adapters._packing import (
-    Layout,
-    Packed,
-    Path,
-    Sharing,
-    attention_mask,
-    continued,
-    pack,
-    padded,
-)
+from mmalign.adapters._attention import Forest, no_mask, use_forests
+from mmalign.adapters._packing import Layout, Packed, Path, Sharing, pack
 from mmalign.sequence import head_logps
 from mmalign.types import Branches, Scored
 
@@ -56,6 +48,8 @@ class AnswerScorer(nn.Module):
         self.model = model
         self.layout = layout
         self.logits_chunk = logits_chunk
+        use_forests(self._language_model)
+        self.train(model.training)  # a trainer that looks at this module alone must not be misled
 
     def forward(
         self, batch: Sequence[Branches], sharing: Sharing = SEPARATE, states: bool = False
@@ -103,49 +97,54 @@ class AnswerScorer(nn.Module):
         bare = [item._replace(answers=()) for item in batch]
         packed = pack(bare, self.layout, Sharing())
         hidden = self._hidden(packed, everywhere=True)
-        last = torch.tensor([len(sequence.ids) - 1 for sequence in packed], device=hidden.device)
-        return self._logits(hidden[torch.arange(len(packed), device=hidden.device), last])
+        ends = torch.tensor([len(sequence.ids) for sequence in packed]).cumsum(0)
+        return self._logits(hidden[ends.to(hidden.device) - 1])
+
+    @property
+    def _language_model(self) -> Any:
+        return cast(Any, self.model).model.language_model
 
     def _embed(self, packed: Sequence[Packed]) -> tuple[Tensor, Tensor]:
-        """Look up embeddings (S, T, D), images included, and where images are (S, T)."""
+        """Look up embeddings (T, D) of all sequences, images included, and where images are."""
         embedding = cast(Any, self.model).get_input_embeddings()
         device = embedding.weight.device
-        length = max(len(sequence.ids) for sequence in packed)
-        ids = torch.stack([padded(sequence.ids, length, 0) for sequence in packed]).to(device)
+        ids = torch.cat([sequence.ids for sequence in packed]).to(device)
         visual = ids == self.layout.image_token_id
         embeds: Tensor = embedding(ids)
         features = [s.features.embeds for s in packed if s.features is not None]
         if features:
             images = torch.cat([f.to(device, embeds.dtype) for f in features])
-            embeds = embeds.masked_scatter(visual[..., None], images)
+            embeds = embeds.masked_scatter(visual[:, None], images)
         return embeds, visual
 
     def _hidden(self, packed: Sequence[Packed], *, everywhere: bool = False) -> Tensor:
-        """Run the language model; returns last hidden states (S, T, D).
+        """Run the language model; returns last hidden states (T, D) of all sequences.
 
         They are right where an answer token is predicted, and with `everywhere` at every token.
         """
         embeds, visual = self._embed(packed)
-        length, device = embeds.shape[1], embeds.device
-        positions = torch.stack([continued(s.positions, length) for s in packed], dim=1)
+        device = embeds.device
+        positions = torch.cat([sequence.positions for sequence in packed], dim=1)[:, None]
         deep = [s.features.deep for s in packed if s.features is not None]
         more: dict[str, Any] = {}
         if deep and deep[0]:
-            more["visual_pos_masks"] = visual
+            more["visual_pos_masks"] = visual[None]
             levels = zip(*deep, strict=True)
             more["deepstack_visual_embeds"] = [torch.cat(level).to(device) for level in levels]
-        language_model = cast(Any, self.model).model.language_model
-        last = language_model.layers[-1]
-        needed = None if everywhere or _recomputes(last) else _needed(packed, length, device)
+        last = self._language_model.layers[-1]
+        in_part = not everywhere and not _recomputes(last)
+        needed = _needed(packed).to(device) if in_part else None
+        number = len(self._language_model.layers) - 1 if in_part else None
         with _working_where(last, needed):
-            output = language_model(
-                inputs_embeds=embeds,
-                attention_mask=attention_mask(packed, length, device),
+            output = self._language_model(
+                inputs_embeds=embeds[None],
+                attention_mask=no_mask(device),
                 position_ids=positions.to(device)[0 if self.layout.flat_positions else slice(None)],
                 use_cache=False,
+                forest=Forest.of(packed, device, number),
                 **more,
             )
-        hidden: Tensor = output.last_hidden_state
+        hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -163,15 +162,23 @@ def _paths(packed: Sequence[Packed]) -> list[Path]:
     return [path for sequence in packed for path in sequence.paths]
 
 
+def _places(packed: Sequence[Packed], of: Callable[[Path], Tensor]) -> list[Tensor]:
+    """List places of each answer in the row of all sequences."""
+    found, start = [], 0
+    for sequence in packed:
+        found += [start + of(path) for path in sequence.paths]
+        start += len(sequence.ids)
+    return found
+
+
+def _sources(packed: Sequence[Packed]) -> Tensor:
+    """List the places whose states predict the tokens of all answers, (N,)."""
+    return torch.cat(_places(packed, lambda path: path.sources))
+
+
 def _picked(packed: Sequence[Packed], hidden: Tensor) -> Tensor:
     """Gather the states (N, D) that predict the tokens of all answers."""
-    columns = [path.sources for path in _paths(packed)]
-    rows = [
-        torch.full_like(path.sources, i)
-        for i, sequence in enumerate(packed)
-        for path in sequence.paths
-    ]
-    return hidden[torch.cat(rows).to(hidden.device), torch.cat(columns).to(hidden.device)]
+    return hidden[_sources(packed).to(hidden.device)]
 
 
 def _targets(packed: Sequence[Packed]) -> Tensor:
@@ -181,11 +188,8 @@ def _targets(packed: Sequence[Packed]) -> Tensor:
 
 def _whole(packed: Sequence[Packed], values: Tensor) -> list[Tensor]:
     """Gather what there is (P + R, D) at the tokens of each prefix and answer."""
-    return [
-        row[path.places.to(row.device)]
-        for sequence, row in zip(packed, values, strict=True)
-        for path in sequence.paths
-    ]
+    places = _places(packed, lambda path: path.places)
+    return [values[where.to(values.device)] for where in places]
 
 
 def _in_order(
@@ -197,13 +201,11 @@ def _in_order(
     return [[found[i, j] for j in range(len(item.answers))] for i, item in enumerate(batch)]
 
 
-def _needed(packed: Sequence[Packed], length: int, device: torch.device) -> Tensor:
-    """Mark the places whose last hidden state is read, (S, T) bool."""
-    mask = torch.zeros(len(packed), length, dtype=torch.bool)
-    for row, sequence in enumerate(packed):
-        for path in sequence.paths:
-            mask[row, path.sources] = True
-    return mask.to(device)
+def _needed(packed: Sequence[Packed]) -> Tensor:
+    """Mark the places whose last hidden state is read, (1, T) bool."""
+    mask = torch.zeros(1, sum(len(sequence.ids) for sequence in packed), dtype=torch.bool)
+    mask[0, _sources(packed)] = True
+    return mask
 
 
 def _recomputes(layer: Any) -> bool:
@@ -213,7 +215,7 @@ def _recomputes(layer: Any) -> bool:
 
 @contextmanager
 def _working_where(layer: Any, needed: Tensor | None) -> Iterator[None]:
-    """Let the token-wise parts of a decoder layer work on some tokens only, (S, T) bool.
+    """Let the token-wise parts of a decoder layer work on some tokens only, (1, T) bool.
 
     Elsewhere they return zeros. Keys and values are computed for all tokens.
     """

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmalign.types import Branches, ImageFeatures
 
@@ -72,7 +72,7 @@ class Path(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """One row of a forward.
+    """One tree, written out.
 
     Attributes:
         ids: tokens (T,).
@@ -91,9 +91,16 @@ class Packed:
     features: ImageFeatures | None
 
     @property
-    def is_chain(self) -> bool:
-        """Whether every run sees all before it, as in plain causal attention."""
-        return bool(self.sees.tril().sum() == len(self.sees) * (len(self.sees) + 1) / 2)
+    def stem(self) -> int:
+        """Count the tokens at the beginning that see all before them."""
+        whole = self.sees | torch.ones_like(self.sees).triu(1)
+        runs = int(whole.all(1).long().cumprod(0).sum())
+        return int((self.node < runs).sum())
+
+    def visible(self, start: int) -> Tensor:
+        """Say what the tokens from `start` on see, (T - start, T) bool."""
+        place = torch.arange(len(self.ids))
+        return self.sees[self.node[start:]][:, self.node] & (place <= place[start:, None])
 
 
 def pack(batch: Sequence[Branches], layout: Layout, sharing: Sharing) -> list[Packed]:
@@ -110,34 +117,6 @@ def pack(batch: Sequence[Branches], layout: Layout, sharing: Sharing) -> list[Pa
             pairs = [(i, j) for i in members for j in range(len(batch[i].answers))]
             packed += [_tree(batch, [(i, [(i, j)])], layout) for i, j in pairs]
     return packed
-
-
-def attention_mask(packed: Sequence[Packed], length: int, device: torch.device) -> Tensor | None:
-    """Say who sees whom, (S, 1, T, T); None where plain causal attention says the same.
-
-    Padding stands at the end, where nothing before it looks.
-    """
-    if all(sequence.is_chain for sequence in packed):
-        return None
-    masks = []
-    for sequence in packed:
-        sees = nn.functional.pad(sequence.sees, (0, 1, 0, 1))
-        sees[-1, -1] = True  # padding sees padding: a row without anything would be not a number
-        node = padded(sequence.node, length, len(sees) - 1)
-        masks.append(sees[node][:, node])
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return (torch.stack(masks) & causal)[:, None].to(device)
-
-
-def padded(values: Tensor, length: int, fill: int) -> Tensor:
-    """Fill up to a length (T,)."""
-    return nn.functional.pad(values, (0, length - len(values)), value=fill)
-
-
-def continued(positions: Tensor, length: int) -> Tensor:
-    """Count on behind the end, (K, T): a jump would look like a second sequence."""
-    missing = length - positions.shape[1]
-    return torch.cat([positions, positions[:, -1:] + 1 + torch.arange(missing)], dim=1)
 
 
 class _Tree:

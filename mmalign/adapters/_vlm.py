@@ -133,6 +133,9 @@ class VlmFamily(ABC):
         model = self.model
         newer = getattr(model, "activation_checkpointing_enable", None)
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # The backward pass begins with the last layer, which would be computed again at once: it
+        # holds no more memory when it keeps its activations, and may leave out what nobody reads.
+        model.model.language_model.layers[-1].gradient_checkpointing = False
 
     def encode_pair(self, pair: VlmPair, *, max_length: int | None = None) -> EncodedVlmPair:
         """Turn a pair into tokens by the model's own chat template.

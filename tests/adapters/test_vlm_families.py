@@ -163,6 +163,39 @@ def test_shared_prefix_has_the_gradients_of_separate_sequences(
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
 
 
+def test_sliding_windows_are_those_of_plain_transformers(
+    vlm: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = json.loads((vlm("qwen2_vl") / "config.json").read_text())
+    text = {**settings["text_config"], "use_sliding_window": True, "sliding_window": 9}
+    text |= {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
+    folder = edited(vlm("qwen2_vl"), tmp_path / "windowed", "config.json", text_config=text)
+    adapter = load_vlm(VlmModelConfig(model=str(folder), offline=True), "cpu")
+    assert not adapter.can_share_prefix
+    pair = make_pair()
+    with torch.no_grad():
+        (found,) = adapter.token_logps([branches(adapter, pair)])
+    plain = full_logps(adapter, pair, pair.chosen)
+    torch.testing.assert_close(found[0].double(), plain, atol=1e-5, rtol=1e-6)
+
+
+def test_the_last_layer_is_not_computed_twice(vlm: Callable[[str], Path]) -> None:
+    adapter = load_vlm(VlmModelConfig(model=str(vlm("qwen3_vl")), offline=True), "cpu")
+    assert not adapter.policy.training  # or no trainer would switch checkpointing on
+    adapter.policy.train()
+    adapter.checkpoint_activations()
+    layers = adapter.model.model.language_model.layers
+    calls = [0] * len(layers)
+    for number, layer in enumerate(layers):
+        layer.mlp.up_proj.register_forward_hook(
+            lambda *_, number=number: calls.__setitem__(number, calls[number] + 1)
+        )
+        layer.mlp.up_proj.weight.requires_grad_(True)
+    ((one, two),) = adapter.token_logps([branches(adapter, make_pair())])
+    (one.sum() + two.sum()).backward()
+    assert calls == [2] * (len(layers) - 1) + [1]
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_states_are_those_that_predict(name: str, load: Callable[[str], VlmFamily]) -> None:
     adapter = load(name)
