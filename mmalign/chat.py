@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,12 +78,12 @@ class ChatEndpoint:
         if config.num_beams != 1:
             raise InputError("endpoint: num_beams must be 1, servers offer no beam search")
 
-        seeds = _seeds(questions, config.seed)
+        seeds, pictures = _seeds(questions, config.seed), _Pictures(self.config.concurrency)
 
         def ask(index: int, question: Question) -> str:
             return self._text(
                 {
-                    "messages": _messages(question),
+                    "messages": _messages(question, pictures),
                     "max_tokens": config.max_new_tokens,
                     "temperature": config.temperature,
                     "top_p": config.top_p,
@@ -101,11 +102,12 @@ class ChatEndpoint:
         Raises:
             EndpointError: with the `index` of the question that has no usable answer.
         """
+        pictures = _Pictures(self.config.concurrency)
 
         def ask(index: int, question: Question) -> tuple[float, float]:
             return self._yes_no(
                 {
-                    "messages": _messages(question),
+                    "messages": _messages(question, pictures),
                     "max_tokens": 1,
                     "temperature": 0.0,
                     "logprobs": True,
@@ -165,8 +167,9 @@ class ChatEndpoint:
         try:
             content = json.loads(reply)
         except (ValueError, RecursionError):
-            kind = "an HTML page" if reply.lstrip()[:1] == b"<" else "something else"
-            problem = f"its reply is {kind}, not JSON: {excerpt(reply)}"
+            page = reply.lstrip()[:1] == b"<"
+            kind = "an HTML page, not JSON" if page else "not JSON, or was cut off"
+            problem = f"its reply is {kind}: {excerpt(reply)}"
             raise self._client.failure(problem) from None
         choices = content.get("choices") if isinstance(content, dict) else None
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -194,11 +197,32 @@ def _headers(variable: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _messages(question: Question) -> list[dict[str, Any]]:
+class _Pictures:
+    """Encodes images, and keeps the last `size` of them: many questions are about the same one."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: dict[int, tuple[Image.Image | ImageRef, str]] = {}
+        self._lock = threading.Lock()
+
+    def url(self, image: Image.Image | ImageRef) -> str:
+        with self._lock:
+            kept = self._kept.get(id(image))
+            if kept is not None:
+                return kept[1]
+            url = _data_url(image)
+            self._kept[id(image)] = (image, url)  # the image too, so that its id stays its own
+            if len(self._kept) > self._size:
+                del self._kept[next(iter(self._kept))]
+            return url
+
+
+def _messages(question: Question, pictures: _Pictures) -> list[dict[str, Any]]:
     if not question.images:
         return [{"role": "user", "content": question.prompt}]
     parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in question.images
+        {"type": "image_url", "image_url": {"url": pictures.url(image)}}
+        for image in question.images
     ]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question.prompt}]}]
 

@@ -113,7 +113,7 @@ def _split(config_class: type, argv: Sequence[str]) -> tuple[list[Path], list[st
         elif hint is bool and not values:
             flags.append(f"--{name}=true")
         else:
-            flags.append(f"--{name}={_single(name, values)}")
+            flags.append(f"--{name}={_checked(name, _single(name, values), hint)}")
     return files, [f"--{name}={json.dumps(values)}" for name, values in lists.items()] + flags
 
 
@@ -130,6 +130,20 @@ def _single(name: str, values: list[str]) -> str:
     if len(values) != 1:
         raise InputError(f"--{name}: expected one value, got {len(values)}: {' '.join(values)}")
     return values[0]
+
+
+def _checked(name: str, value: str, hint: Any) -> str:
+    """Refuse a plain word for a section of options, such as `--pairs pairs.jsonl`."""
+    inner = _dataclass_in(hint)
+    is_section = inner is not None and typing.get_origin(hint) is not list
+    if is_section and not value.startswith("{") and not value.endswith((".yaml", ".yml")):
+        if value in ("null", "None"):
+            return value
+        first = next(iter(typing.get_type_hints(inner)))
+        raise InputError(
+            f"--{name}: is a section of options, not {value!r}: write --{name}.{first} and so on"
+        )
+    return value
 
 
 def _items(value: str) -> list[str]:

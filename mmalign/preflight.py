@@ -261,6 +261,8 @@ def _check_contents(config: object) -> None:
 def _check_answers(config: VlmDpoConfig) -> None:
     from mmalign.data.vlm_readers import read_vlm_pairs
 
+    if not config.model:
+        raise InputError("model: is required: a folder in transformers' format or a hub id")
     if config.pairs.on_bad_row == "stop":
         limit = min(config.pairs.limit or PREVIEW_ROWS, PREVIEW_ROWS)
         read_vlm_pairs(dataclasses.replace(config.pairs, limit=limit))

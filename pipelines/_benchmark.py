@@ -25,7 +25,6 @@ from mmalign.types import ImageRef, InputError, Question
 
 if TYPE_CHECKING:
     from mmalign.config import BenchmarkConfig
-    from mmalign.types import VlmAdapter
 
 BESIDE = {
     "length": "words per answer",
@@ -100,7 +99,8 @@ def generate_responses(config: BenchmarkConfig, questions: Sequence[Question]) -
     from mmalign.adapters import load_vlm
     from mmalign.pipelines._evaluation import resolve_device
 
-    adapter: VlmAdapter = load_vlm(config, resolve_device(config.device))
+    adapter = load_vlm(config, resolve_device(config.device))
+    adapter.max_pixels = config.max_pixels
     kept = KeptReplies(Path(config.output_dir) / "model_answers.jsonl")
     name = f"{adapter.fingerprint} {config.dtype} {sorted(asdict(config.generation).items())}"
     keys = [kept.key(name, q.prompt, *map(_image_key, q.images)) for q in questions]
@@ -189,7 +189,7 @@ def finish(
         metrics=outcome.metrics,
         ci95=outcome.ci95,
     )
-    said = [*warnings, *outcome.warnings]
+    said = [*warnings, *outcome.warnings, *_empty(outcome.cases)]
     write_jsonl(folder / "cases.jsonl", [_case_row(case) for case in outcome.cases])
     page = _page(config, outcome, wording, summary, said)
     write_bytes(folder / "report.html", page.encode())
@@ -198,6 +198,12 @@ def finish(
         logger.warning("%s", warning)
     tqdm.write(scores_table(outcome))
     tqdm.write(f"report: {folder / 'report.html'}")
+
+
+def _empty(cases: Sequence[Case]) -> list[str]:
+    """Say how many answers are empty: most scores count them as harmless."""
+    empty = sum(not case.answer.strip() for case in cases)
+    return [f"{empty:,} of {len(cases):,} answers are empty"] if empty else []
 
 
 def scores_table(outcome: Outcome) -> str:

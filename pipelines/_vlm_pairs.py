@@ -87,7 +87,7 @@ class EncodedPairs:
         try:
             images = self._adapter.encode_pair(pair, max_length=self._max_length).images
         except RowError as error:
-            raise InputError(f"{pair.where}: {error}") from error
+            raise InputError(_named(pair, error)) from error
         if images is None:
             raise InputError(f"{pair.where}: has no images, which this method needs")
         return images
@@ -96,14 +96,14 @@ class EncodedPairs:
         try:
             encoded = self._adapter.encode_pair(pair, max_length=self._max_length)
         except TooLongError as error:
-            self.dropped.append(f"{pair.where}: {error}")
+            self.dropped.append(_named(pair, error))
             return
         except RowError as error:
             if on_bad_row == "stop":
                 raise InputError(
-                    f"{pair.where}: {error}; on_bad_row: skip leaves such rows out"
+                    f"{_named(pair, error)}; on_bad_row: skip leaves such rows out"
                 ) from error
-            self.bad.append(f"{pair.where}: {error}")
+            self.bad.append(_named(pair, error))
             return
         key = None if encoded.images is None else ImageInputs({}, encoded.images.key)
         self._indices.append(index)
@@ -165,6 +165,12 @@ class FeatureCache:
         self._bytes += _bytes(features)
         while self._bytes > self._budget and len(self._kept) > 1:
             self._bytes -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def _named(pair: VlmPair, error: RowError) -> str:
+    """Say where the pair is, unless what is said of its image begins with that."""
+    text = str(error)
+    return text if text.startswith(pair.where) else f"{pair.where}: {text}"
 
 
 def _bytes(features: ImageFeatures) -> int:

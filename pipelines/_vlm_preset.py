@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mmalign.config import VlmDpoConfig
 from mmalign.objectives.vlm_presets import PRESETS
-from mmalign.objectives.vlm_rows import ImageSettings, PerturbSettings, Preset, adapt
+from mmalign.objectives.vlm_rows import ImageSettings, PerturbSettings, Preset, adapt, plan_rows
 from mmalign.types import InputError
 
 Settings = TypeVar("Settings", ImageSettings, PerturbSettings)
@@ -19,12 +19,18 @@ def resolve_preset(config: VlmDpoConfig) -> Preset:
     """Find the preset and apply what the configuration changes.
 
     Raises:
-        InputError: there is no such preset, part or setting, or a value is of the wrong type.
+        InputError: there is no such preset, part or setting, a value is of the wrong type, or a
+            model is missing that the preset needs.
     """
     if config.preset not in PRESETS:
         nearest = difflib.get_close_matches(config.preset, PRESETS, n=1, cutoff=0.0)[0]
         raise InputError(f"preset: there is no {config.preset!r}; the nearest is {nearest!r}")
     preset = adapt(PRESETS[config.preset], weights=config.weights, perturbed=config.perturbed)
+    if config.clip_model is None and any(row.text == "perturbed" for row in plan_rows(preset)):
+        raise InputError(
+            f"clip_model: preset {preset.name} perturbs texts and needs an open_clip model, such as"
+            " ViT-L-14 with clip_pretrained openai"
+        )
     return replace(
         preset,
         images=_changed(preset.images, config.image_settings, "image_settings"),

@@ -257,11 +257,7 @@ class RowMaker:
 
     def _token_similarities(self, index: int, part: str) -> Tensor:
         """Compare each token of a prefix or an answer with the images, (L,)."""
-        if self._similarity is None:
-            raise InputError(
-                f"clip_model: preset {self._preset.name} perturbs texts and needs an open_clip"
-                " model, such as ViT-L-14 with clip_pretrained openai"
-            )
+        assert self._similarity is not None  # `resolve_preset` sees to that
         pair, encoded = self._pairs.pair(index), self._pairs[index]
         ids = encoded.prefix_ids if part == "prompt" else _response(encoded, _as_response(part))
         assert ids is not None

@@ -18,7 +18,7 @@ from mmalign.pipelines._topic_team import make_team
 from mmalign.topics.editing import Rescore, Rewrite, Select
 from mmalign.topics.grouping import Cluster, Judge, Similarity
 from mmalign.topics.page import write_page
-from mmalign.topics.pairs import COUNTS, PAIRS, write_counts, write_pairs
+from mmalign.topics.pairs import COUNTS, PAGE, PAIRS, write_counts, write_pairs
 from mmalign.topics.questions import read_questions
 from mmalign.topics.rewriting import hardness
 from mmalign.topics.runner import load_stage, losses, recall_stage, run_stage
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 STAGES = "stages"
 FINAL = "pairs"
+LEAST_YES_NO = 0.5
 GUESSED_FACTS = 5
 """Facts per answer that the estimate for the whole run assumes."""
 
@@ -52,8 +53,11 @@ def run(config: TopicOverwriteConfig) -> None:
     for reason, number in counts["lost"].items():
         tqdm.write(f"left out {number} {reason}")
     if "pairs" in counts:
-        tqdm.write(f"{counts['pairs']} pairs in {folder / PAIRS}; counts in {folder / COUNTS}")
-    tqdm.write(f"page: {folder / 'topics.html'}")
+        ways = ", ".join(f"{number} {way}" for way, number in counts["sources"].items())
+        tqdm.write(
+            f"{counts['pairs']} pairs ({ways}) in {folder / PAIRS}; counts in {folder / COUNTS}"
+        )
+    tqdm.write(f"page: {folder / PAGE}")
 
 
 def overwrite_topics(config: TopicOverwriteConfig, *, team: Team | None = None) -> dict[str, Any]:
@@ -85,6 +89,8 @@ def overwrite_topics(config: TopicOverwriteConfig, *, team: Team | None = None) 
         else:
             run_stage(stage, items, folder / STAGES)
             stage.team.release()
+        if stage.name == "score":
+            _doubt_labeller(items)
         if stage.name == wanted:
             break
     counts: dict[str, Any] = losses(items)
@@ -156,6 +162,23 @@ def _say_estimate(config: TopicOverwriteConfig, stages: Sequence[Stage], questio
         Cost(questions * text, questions * checks, questions * crops),
         GUESSED_FACTS,
     )
+
+
+def _doubt_labeller(items: Sequence[Item]) -> None:
+    """Warn of a labeller that wants to say something else than yes or no."""
+    shares = [
+        right + wrong
+        for item in items
+        for facts in item.results.get("score", {}).get("scores", [])
+        for score in facts
+        for right, wrong in (score["fact"], *score["resampled"])
+    ]
+    if shares and sum(shares) / len(shares) < LEAST_YES_NO:
+        logger.warning(
+            "labeller: it gives yes and no together %.2g of the probability on average, so it does"
+            " not answer yes/no questions; scores and pairs mean little",
+            sum(shares) / len(shares),
+        )
 
 
 def _show(

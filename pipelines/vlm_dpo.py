@@ -19,7 +19,8 @@ from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import VlmDpoConfig, dump_config
 from mmalign.data.files import write_bytes
 from mmalign.data.order import BatchPlan, GroupedOrder, batch_indices
-from mmalign.data.vlm_readers import read_vlm_pairs
+from mmalign.data.readers import LISTED
+from mmalign.data.vlm_readers import VlmPairTable, read_vlm_pairs
 from mmalign.objectives.vlm_rows import Preset, plan
 from mmalign.pipelines._training import changed_since
 from mmalign.pipelines._vlm_evaluation import Evaluator
@@ -92,7 +93,7 @@ def run(config: VlmDpoConfig, *, started: float | None = None) -> RunSummary:
         steps=result.step,
         wall_seconds=time.monotonic() - started,
         device=str(accelerator.device),
-        warnings=[*changes, *result.warnings, *job.notes()],
+        warnings=[*changes, *result.warnings, *_skipped(table), *job.notes()],
         cost=job.meter.cost(),
     )
     tqdm.write(f"report: {output / 'report.html'}")
@@ -227,6 +228,14 @@ class _Job:
         scorer: Any = self._accelerator.unwrap_model(self._adapter.policy)
         tokens: torch.Tensor = scorer.likeliest([branches])[0][0]
         return tokens.cpu()
+
+
+def _skipped(table: VlmPairTable) -> list[str]:
+    """Say which rows were left out before the model saw them."""
+    bad = table.bad_rows
+    some = "; ".join(map(str, bad[:LISTED]))
+    notes = [f"{len(bad)} bad rows skipped, among them: {some}"] if bad else []
+    return [*notes, *([f"{table.ties} ties dropped"] if table.ties else [])]
 
 
 def _save(config: VlmDpoConfig, adapter: VlmFamily, output: Path) -> None:

@@ -146,7 +146,7 @@ def test_busy_servers_are_asked_again(status: int) -> None:
 
 BAD_TEXT = [
     (200, b"<html>", "its reply is an HTML page, not JSON"),
-    (200, b"loading", "its reply is something else, not JSON: 'loading'"),
+    (200, b"loading", "its reply is not JSON, or was cut off: 'loading'"),
     (200, [], "its reply has no choices"),
     (200, {"choices": []}, "its reply has no choices"),
     (200, {"choices": ["x"]}, "its reply has no choices"),
@@ -243,3 +243,24 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_beams_are_refused() -> None:
     with pytest.raises(InputError, match="num_beams must be 1"):
         chat("http://127.0.0.1:1/v1").generate([Question("?")], GenerationConfig(num_beams=3))
+
+
+def test_an_image_is_encoded_once_for_the_questions_about_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved: list[Image.Image] = []
+    save = Image.Image.save
+
+    def counted(self: Image.Image, *args: Any, **options: Any) -> None:
+        saved.append(self)
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", counted)
+    pictures = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
+    questions = [Question(f"Is it {n}?", (picture,)) for picture in pictures for n in range(3)]
+    with server(lambda _: (200, likely(Yes=0.5, No=0.5))) as running:
+        chat(running.url, concurrency=1).yes_no(questions, 1)
+    assert len(saved) == 3
+    urls = [call["messages"][0]["content"][0]["image_url"]["url"] for call in running.calls]
+    assert len(set(urls)) == 3
+    assert urls == sorted(urls, key=urls.index)

@@ -295,6 +295,7 @@ def test_wrong_yaml(
     [
         (["--learning_rat", "1"], "unknown option --learning_rat; the nearest is --learning_rate"),
         (["--pairs.resolutio=1"], "unknown option --pairs.resolutio; the nearest is --pairs.resol"),
+        (["--pairs", "some.jsonl"], "--pairs: is a section of options, not 'some.jsonl': write --"),
         (["--seed", "x"], "seed: expected int, got x"),
         (["--seed"], "--seed: its value is missing"),
         (["--seed", "1", "2"], "--seed: expected one value, got 2: 1 2"),

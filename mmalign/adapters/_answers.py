@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,23 @@ def question_batches(questions: Sequence[Question], size: int) -> Iterator[list[
         places = [i for i, question in enumerate(questions) if bool(question.images) is wanted]
         for start in range(0, len(places), size):
             yield places[start : start + size]
+
+
+def image_key(question: Question) -> Hashable:
+    """Tell questions about the same images from others, by files or by objects in memory."""
+    return tuple(
+        image.data if isinstance(image, ImageRef) else id(image) for image in question.images
+    )
+
+
+def image_batches(questions: Sequence[Question], size: int) -> Iterator[list[int]]:
+    """List places of questions, those about the same images one after the other."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, question in enumerate(questions):
+        groups.setdefault(image_key(question), []).append(place)
+    ordered = [place for group in groups.values() for place in group]
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
 
 
 def draw_keys(questions: Sequence[Question], seed: int) -> list[int]:

@@ -92,13 +92,14 @@ class AnswerScorer(nn.Module):
         sizes = [path.size for path in _paths(packed)]
         return _in_order(packed, list(torch.split(tokens, sizes)), batch)
 
-    def last_logits(self, batch: Sequence[Branches]) -> Tensor:
+    def last_logits(self, batch: Sequence[Branches], sharing: Sharing = SEPARATE) -> Tensor:
         """Compute the logits (B, V) of the token after each prefix, in float32."""
-        bare = [item._replace(answers=()) for item in batch]
-        packed = pack(bare, self.layout, Sharing())
-        hidden = self._hidden(packed, everywhere=True)
-        ends = torch.tensor([len(sequence.ids) for sequence in packed]).cumsum(0)
-        return self._logits(hidden[ends.to(hidden.device) - 1])
+        # The token that is predicted has no influence; any but that of an image will do.
+        asked = [item._replace(answers=(item.prefix_ids[-1:],)) for item in batch]
+        packed = pack(asked, self.layout, sharing)
+        states = _picked(packed, self._hidden(packed))
+        ordered = _in_order(packed, list(states), batch=asked)
+        return self._logits(torch.stack([state for (state,) in ordered]))
 
     @property
     def _language_model(self) -> Any:

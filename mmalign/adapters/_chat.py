@@ -34,6 +34,13 @@ class Prefix(NamedTuple):
     images: dict[str, Tensor]
 
 
+class Known(NamedTuple):
+    """A question that was tokenized with its images, (P,)."""
+
+    prompt: str
+    ids: Tensor
+
+
 class Chat:
     """A processor with its chat template."""
 
@@ -89,6 +96,25 @@ class Chat:
         ignored = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         tensors = {name: value for name, value in encoded.items() if name not in ignored}
         return Prefix(ids, self._text_mask(text, prompt, ids), tensors)
+
+    def another(self, prompt: str, images: int, known: Known) -> Tensor:
+        """Tokenize another question (P,) about images whose tokens are known.
+
+        The images are not prepared again: up to the last of them a prefix is the same whatever is
+        asked.
+
+        Raises:
+            RowError: as `prefix`, or the template puts the question before the images.
+        """
+        text, earlier = self.text(prompt, images), self.text(known.prompt, images)
+        self.check_controls(text, images)
+        begin = text.rfind(self.image_token) + len(self.image_token) if images else 0
+        if text[:begin] != earlier[:begin]:
+            raise RowError("the chat template does not put images before the question")
+        token = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        plain = torch.tensor(self.ids(text))
+        parts = [known.ids[: _after_last(known.ids, token)], plain[_after_last(plain, token) :]]
+        return torch.cat(parts)
 
     def answer(self, prompt: str, images: int, answer: str) -> Tensor:
         """Tokenize an answer to a question about so many images, (R,), with its end token.
@@ -163,6 +189,8 @@ class Chat:
             )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, TypeError):  # templates of models that see no images
+                reason += "; it must take content as a list of parts of type image and text"
             raise RowError(f"the chat template cannot be applied: {reason}") from error
         return text
 
@@ -214,6 +242,12 @@ class Chat:
 def _user(prompt: str, images: int) -> dict[str, Any]:
     content: list[dict[str, str]] = [{"type": "image"}] * images
     return {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
+
+
+def _after_last(ids: Tensor, token: int) -> int:
+    """Return the place behind the last such token, 0 if there is none."""
+    found = (ids == token).nonzero()
+    return int(found[-1]) + 1 if len(found) else 0
 
 
 def _within(text: str, begin: int, end: int, start: int, stop: int) -> bool:

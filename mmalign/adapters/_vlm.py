@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import transformers
-import xxhash
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -18,15 +17,17 @@ from torch import Tensor, nn
 from mmalign.adapters._answers import (
     GumbelSampling,
     draw_keys,
+    image_batches,
+    image_key,
     question_batches,
     yes_no_tokens,
 )
 from mmalign.adapters._branches import AnswerScorer
-from mmalign.adapters._chat import Chat, Prefix
+from mmalign.adapters._chat import Chat, Known, Prefix
 from mmalign.adapters._diffusers import no_file_bars
 from mmalign.adapters._folder import first_line
 from mmalign.adapters._packing import Layout, Sharing
-from mmalign.adapters._vlm_source import VlmSource
+from mmalign.adapters._vlm_source import VlmSource, fingerprint_of
 from mmalign.config import GenerationConfig
 from mmalign.data.images import decode, hash_image
 from mmalign.data.schema import RowError
@@ -43,7 +44,6 @@ from mmalign.types import (
 )
 
 MAX_PIXELS = 50_000_000
-SAMPLES = 1024
 
 
 class TooLongError(RowError):
@@ -125,7 +125,7 @@ class VlmFamily(ABC):
     def fingerprint(self) -> str:
         """Hash of the weights as they were when first asked for, processor and template."""
         if self._fingerprint is None:
-            self._fingerprint = _fingerprint(self.model, self.chat.processor)
+            self._fingerprint = fingerprint_of(self.model, self.chat.processor)
         return self._fingerprint
 
     def checkpoint_activations(self) -> None:
@@ -280,6 +280,7 @@ class VlmFamily(ABC):
         """Give the probabilities that an answer begins with yes and with no.
 
         They are sums over the tokens that say so in any case, with or without a space before.
+        Images are encoded once, and read once by the language model for all questions of a batch.
 
         Raises:
             InputError: the tokenizer has no such token, or an image or a question cannot be used.
@@ -288,10 +289,14 @@ class VlmFamily(ABC):
             self._yes_no = yes_no_tokens(self.chat.tokenizer, self.source.name)
         results = [(0.0, 0.0)] * len(questions)
         scorer = AnswerScorer(self.model, self.layout(), logits_chunk=256)
+        sharing = Sharing(self.can_share_prefix, images=True)
         with self._answering():
-            for places in question_batches(questions, batch_size):
-                prefixes = [self._branches(questions[i]) for i in places]
-                shares = scorer.last_logits(prefixes).softmax(1)
+            seen: dict[Hashable, _Seen] = {}
+            for places in image_batches(questions, batch_size):
+                keys = {image_key(questions[i]) for i in places}
+                seen = {key: value for key, value in seen.items() if key in keys}
+                prefixes = [self._asked(questions[i], seen) for i in places]
+                shares = scorer.last_logits(prefixes, sharing).softmax(1)
                 sums = [shares[:, tokens].sum(1).tolist() for tokens in self._yes_no]
                 for place, yes, no in zip(places, *sums, strict=True):
                     results[place] = (yes, no)
@@ -307,13 +312,20 @@ class VlmFamily(ABC):
         finally:
             self.model.train(training)
 
-    def _branches(self, question: Question) -> Branches:
-        images = self._pictures(question)
+    def _asked(self, question: Question, seen: dict[Hashable, _Seen]) -> Branches:
+        """Tokenize a question; its images are decoded and encoded unless they were `seen`."""
+        key, prompt = image_key(question), question.prompt
         try:
-            prefix = self.chat.prefix(question.prompt, images)
+            if key in seen:
+                known, features = seen[key]
+                ids = self.chat.another(prompt, len(question.images), known)
+                return Branches(ids, (), features)
+            images = self._pictures(question)
+            prefix = self.chat.prefix(prompt, images)
         except RowError as error:
-            raise InputError(f"question {question.prompt[:60]!r}: {error}") from error
+            raise InputError(f"question {prompt[:60]!r}: {error}") from error
         features = self.encode_images(ImageInputs(prefix.images)) if images else None
+        seen[key] = _Seen(Known(prompt, prefix.ids), features)
         return Branches(prefix.ids, (), features)
 
     def _inputs(self, questions: Sequence[Question]) -> Mapping[str, Any]:
@@ -349,6 +361,13 @@ class VlmFamily(ABC):
         return pictures
 
 
+class _Seen(NamedTuple):
+    """Images that a question was asked about."""
+
+    known: Known
+    features: ImageFeatures | None
+
+
 def _without_dropout(model: nn.Module) -> None:
     """Make training and scoring the same function: cached log-probs of the reference rely on it."""
     for module in model.modules():
@@ -364,25 +383,3 @@ def _decoded(ref: ImageRef, max_pixels: int) -> Image.Image:
         return decode(ref, max_pixels)
     except RowError as error:
         raise RowError(f"{ref.where}: {error}") from error
-
-
-def _fingerprint(model: nn.Module, processor: Any) -> str:
-    """Hash settings, tokenizer, template, and evenly spaced samples of every weight.
-
-    All weights of a large model would take minutes, and a fine-tuned one differs everywhere.
-    """
-    digest = xxhash.xxh3_128()
-    tokenizer = processor.tokenizer
-    for text in (
-        type(model).__name__,
-        processor.to_json_string(),
-        str(processor.chat_template or tokenizer.chat_template),
-        tokenizer.backend_tokenizer.to_str(),
-    ):
-        digest.update(text.encode())
-    for name, value in model.state_dict().items():
-        flat = value.detach().reshape(-1)
-        picked = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(picked.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
+from torch import nn
 
 from mmalign.adapters._folder import first_line, local_folder
 from mmalign.config import VlmModelConfig
 from mmalign.types import InputError
 
+SAMPLES = 1024
 VlmFamilyName = Literal["llava", "qwen_vl"]
 MODEL_TYPES: dict[str, VlmFamilyName] = {
     "llava": "llava",
@@ -122,3 +125,25 @@ def _check_weights(name: str, folder: Path) -> None:
             f"{name}: has only pickled weights, which are never loaded; convert them to safetensors"
         )
     raise InputError(f"{name}: has no .safetensors weights")
+
+
+def fingerprint_of(model: nn.Module, processor: Any) -> str:
+    """Hash settings, tokenizer, template, and evenly spaced samples of every weight.
+
+    All weights of a large model would take minutes, and a fine-tuned one differs everywhere.
+    """
+    digest = xxhash.xxh3_128()
+    tokenizer = processor.tokenizer
+    for text in (
+        type(model).__name__,
+        processor.to_json_string(),
+        str(processor.chat_template or tokenizer.chat_template),
+        tokenizer.backend_tokenizer.to_str(),
+    ):
+        digest.update(text.encode())
+    for name, value in model.state_dict().items():
+        flat = value.detach().reshape(-1)
+        picked = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(picked.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

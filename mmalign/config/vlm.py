@@ -125,7 +125,10 @@ class VlmDpoConfig(TrainConfig, ReferenceConfig, PreferenceConfig, VlmModelConfi
     """Preference optimization of a vision-language model on pairs of answers.
 
     Attributes:
-        preset: method, a name in `mmalign.objectives.vlm_presets`.
+        preset: method, a name in `mmalign.objectives.vlm_presets`: `dpo`, `rlaif_v`, `llava_hound`,
+            `mpo`, `simpo`, `ld_dpo`, `rlhf_v`, `rlhf_v_official`, `mdpo`, `mdpo_masked`, `chip`,
+            `chip_fused`, `povid`, `v_dpo`, `sympo`, `opa`, `opa_token_level`, `tars` or
+            `tars_official`.
         weights: new weights of parts of the preset by name; 0 takes a part out.
         perturbed: false replaces every perturbed text of the preset by the clean one.
         image_settings: settings of its image variants to change, such as `noise_timestep`.

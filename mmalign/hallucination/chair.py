@@ -122,13 +122,16 @@ def outcome_of(
     seed: int,
     resamples: int,
 ) -> Outcome:
-    """Compute metrics and intervals of cases."""
+    """Compute metrics and intervals of cases, with a warning where no object was named at all."""
+    total = totals(cases)
+    silent = f"none of {len(cases):,} answers names an object of the vocabulary: nothing is judged"
     return Outcome(
         benchmark=benchmark,
-        metrics=statistic(totals(cases)),
+        metrics=statistic(total),
         ci95=intervals(cases, statistic, seed=seed, resamples=resamples),
         cases=cases,
         headline=headline,
+        warnings=[] if total["mentions"] else [silent],
     )
 
 

@@ -116,7 +116,7 @@ class Rewrite(Stage):
             for item in items
             for side in SIDES
         ]
-        replies = batch.run(self.team.rewriter.worker().rewrite)
+        replies = batch.run(lambda tasks: self.team.rewriter.worker().rewrite(tasks))
         texts = iter([None if slot is None else replies[slot] for slot in places])
         return [self._sides(item, texts) for item in items]
 
@@ -223,7 +223,7 @@ class Rescore(Stage):
             [(fact, check, add_check(batch, item, check)) for fact, check in pairs]
             for (item, _, _), pairs in zip(texts, facts, strict=True)
         ]
-        replies = batch.run(self.team.labeller.worker().probabilities)
+        replies = batch.run(lambda tasks: self.team.labeller.worker().probabilities(tasks))
         return {
             (item.id, side): [
                 (fact, score_of(oriented(item, replies[place], check)))
@@ -236,7 +236,7 @@ class Rescore(Stage):
         """Split texts and write yes/no questions, as far as that is possible."""
         split = Batch[str]()
         slots = [split.add(item, text, text) for item, _, text in texts]
-        facts = split.run(self.team.splitter.worker().split) if texts else []
+        facts = split.run(lambda tasks: self.team.splitter.worker().split(tasks))
         verify = Batch[Sequence[Statement]]()
         places = [
             verify.add(item, [Statement(fact) for fact in facts[slot]], tuple(facts[slot]))
@@ -244,7 +244,7 @@ class Rescore(Stage):
             else None
             for (item, _, _), slot in zip(texts, slots, strict=True)
         ]
-        checks = verify.run(self.team.writer.worker().verify) if texts else []
+        checks = verify.run(lambda tasks: self.team.writer.worker().verify(tasks))
         return [
             []
             if place is None

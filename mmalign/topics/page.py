@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.files import write_bytes
-from mmalign.data.images import decode, to_tensor
+from mmalign.data.images import decode
 from mmalign.data.schema import RowError
-from mmalign.report import render
+from mmalign.report import PICTURE_PIXELS, render
 from mmalign.topics.editing import SIDES
 from mmalign.topics.grouping import topics_of
 from mmalign.topics.items import Item, claims_of
+from mmalign.topics.pairs import PAGE
 from mmalign.topics.select import mean_score
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from PIL.Image import Image
 
-PAGE = "topics.html"
 LARGEST_TOPICS = 12
 
 
@@ -115,8 +115,11 @@ def _side(item: Item, side: str) -> dict[str, Any]:
     }
 
 
-def _picture(item: Item, max_pixels: int) -> Tensor | None:
+def _picture(item: Item, max_pixels: int) -> Image | None:
+    """Decode an image, no larger than it is shown; None if it cannot be read."""
     try:
-        return to_tensor(decode(item.image, max_pixels))
+        picture = decode(item.image, max_pixels)
     except RowError:
         return None
+    picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+    return picture

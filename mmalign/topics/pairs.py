@@ -15,7 +15,7 @@ from mmalign.topics.items import Item
 from mmalign.topics.runner import losses
 from mmalign.types import InputError
 
-PAIRS, COUNTS, IMAGES = "pairs.jsonl", "counts.json", "images"
+PAIRS, COUNTS, IMAGES, PAGE = "pairs.jsonl", "counts.json", "images", "topics.html"
 ANY_SIZE = 2**62
 MOST_REASONS = 3
 
@@ -35,9 +35,12 @@ def write_pairs(
     """
     alive = [item for item in items if item.dropped is None]
     if not alive:
-        reasons = losses(items)["dropped"]
-        main = "; ".join(f"{n} x {reason}" for reason, n in list(reasons.items())[:MOST_REASONS])
-        raise InputError(f"no pairs: all {len(items)} questions were dropped ({main})")
+        main = {name: _listed(reasons) for name, reasons in losses(items).items()}
+        before = f"; left out on the way: {main['lost']}" if main["lost"] else ""
+        raise InputError(
+            f"no pairs: all {len(items)} questions were dropped ({main['dropped']}){before};"
+            f" {folder / PAGE} shows what was answered"
+        )
     if hardness:
         place = {name: number for number, name in enumerate(hardness)}
         alive.sort(key=lambda item: place[item.id])
@@ -74,6 +77,10 @@ def write_counts(
     text = json.dumps(counts, indent=2, ensure_ascii=False) + "\n"
     write_bytes(folder / COUNTS, text.encode())
     return counts
+
+
+def _listed(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} x {reason}" for reason, n in list(reasons.items())[:MOST_REASONS])
 
 
 def _row(item: Item) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def run_stage(stage: Stage, items: Sequence[Item], folder: Path) -> None:
     done = len(live) - len(missing)
     logger.info("%s", describe(stage, missing, done))
     chunk = stage.config.chunk
-    with tqdm(total=len(live), initial=done, desc=stage.name, unit="question") as bar:
+    bar = tqdm(total=len(live), initial=done, desc=stage.name, unit="question", disable=not live)
+    with bar:
         for start in range(0, len(missing), chunk):
             part = missing[start : start + chunk]
             found = _run_part(stage, part)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Box = tuple[int, int, int, int]
+LARGEST_SIDE = 1344
+"""Larger images are scaled down first: half of one still is twice what CLIP models look at."""
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,9 @@ class ClipSimilarity:
 
         from mmalign.data.images import to_tensor
 
+        if max(image.size) > LARGEST_SIDE:  # whose 25 crops would take gigabytes
+            image = image.copy()
+            image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         boxes = crop_boxes(*image.size, self._config.window, self._config.step)
         crops = torch.stack([to_tensor(image.crop(box)) for box in boxes])
         size = self._config.batch_size

@@ -108,7 +108,7 @@ class Split(Stage):
             ]
             for item in items
         ]
-        found = batch.run(self.team.splitter.worker().split)
+        found = batch.run(lambda tasks: self.team.splitter.worker().split(tasks))
         results = []
         for slots in places:
             facts = [[] if slot is None else list(found[slot]) for slot in slots]
@@ -143,7 +143,7 @@ class Ask(Stage):
             ]
             for item in items
         ]
-        found = batch.run(self.team.writer.worker().ask)
+        found = batch.run(lambda tasks: self.team.writer.worker().ask(tasks))
         results = []
         for item, slots in zip(items, places, strict=True):
             pairs = [
@@ -234,7 +234,7 @@ class Verify(Stage):
             [batch.add(item, group, tuple(group)) if group else None for group in _statements(item)]
             for item in items
         ]
-        found = batch.run(self.team.writer.worker().verify)
+        found = batch.run(lambda tasks: self.team.writer.worker().verify(tasks))
         return [
             self._collect(item, [[] if slot is None else found[slot] for slot in slots])
             for item, slots in zip(items, places, strict=True)
@@ -280,7 +280,7 @@ class Score(Stage):
         """Equal questions about one image are asked once."""
         batch = Batch[Question]()
         places = [[add_check(batch, item, check) for check in _checks(item)] for item in items]
-        replies = batch.run(self.team.labeller.worker().probabilities)
+        replies = batch.run(lambda tasks: self.team.labeller.worker().probabilities(tasks))
         results: list[Result] = []
         for item, slots in zip(items, places, strict=True):
             pairs = iter(

@@ -19,7 +19,15 @@ from mmalign.adapters._packing import Sharing, pack
 from mmalign.adapters._vlm import TooLongError, VlmFamily
 from mmalign.config import GenerationConfig, VlmModelConfig
 from mmalign.data.schema import RowError
-from mmalign.types import Branches, ImageRef, InputError, Question, VlmPair
+from mmalign.types import (
+    Branches,
+    ImageFeatures,
+    ImageInputs,
+    ImageRef,
+    InputError,
+    Question,
+    VlmPair,
+)
 
 FAMILIES = ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 SIZES = [(60, 40), (30, 70)]
@@ -338,6 +346,35 @@ def test_yes_and_no_are_the_first_token(load: Callable[[str], VlmFamily]) -> Non
             assert len(wanted) >= 2
             assert yes == pytest.approx(float(shares[wanted].sum()), abs=1e-6)
             assert 0 < no < 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_image_is_encoded_once_for_all_questions_about_it(
+    name: str, load: Callable[[str], VlmFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = load(name)
+    one, other = picture(0), reference(1)
+    prompts = ["Is it a circle?", "Is it?", "Is there a blue square in the picture?", "Yes?"]
+    questions = [Question(p, images) for p in prompts for images in ((one,), (other,), ())]
+    questions += [Question("Is it red?", (one, other)), Question("Is it?", (one, other))]
+    apart = [adapter.yes_no([question], batch_size=1)[0] for question in questions]
+    encoded: list[object] = []
+    encode = VlmFamily.encode_images
+
+    def counted(self: VlmFamily, images: ImageInputs) -> ImageFeatures:
+        encoded.append(images)
+        return encode(self, images)
+
+    monkeypatch.setattr(VlmFamily, "encode_images", counted)
+    for batch_size in (3, 5):
+        encoded.clear()
+        found = adapter.yes_no(questions, batch_size)
+        assert len(encoded) == 3
+        assert found == [pytest.approx(pair, abs=1e-6) for pair in apart]
+    assert len({round(yes, 5) for yes, _ in apart}) > len(apart) // 2
+    forged = Question(f"What is {adapter.chat.image_token}", (one,))
+    with pytest.raises(InputError, match="the question has control tokens"):
+        adapter.yes_no([questions[0], forged], 2)
 
 
 def edited(source: Path, folder: Path, file: str, **changes: Any) -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from mmalign.config import VlmDpoConfig
 from mmalign.objectives.tars import Hidden
 from mmalign.objectives.vlm import Extras, Preset, Row, TokenRule, plan, vlm_loss
 from mmalign.objectives.vlm_presets import (
@@ -368,3 +369,7 @@ def test_presets_by_name_and_mode() -> None:
         find_preset("tars", "papre")
     with pytest.raises(InputError, match="modes: none"):
         find_preset("dpo", "paper")
+
+
+def test_help_names_every_preset() -> None:
+    assert all(f"`{name}`" in (VlmDpoConfig.__doc__ or "") for name in PRESETS)

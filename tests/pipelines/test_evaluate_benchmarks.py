@@ -588,3 +588,23 @@ def test_images_that_are_missing(
     write(files / "labels3.json", LABELS | {"3": ["cat"]})
     run("chair", options, code=2)
     assert message in capsys.readouterr().err
+
+
+def test_answers_that_say_nothing_are_pointed_out(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = ["", "What a nice day."]
+    write(
+        files / "silent.jsonl", [{**r, "caption": s} for r, s in zip(CAPTIONS, said, strict=True)]
+    )
+    run("chair", "--responses silent.jsonl --labels labels.json")
+    page = (files / "out/report.html").read_text()
+    for warning in (
+        "none of 2 answers names an object of the vocabulary: nothing is judged",
+        "1 of 2 answers are empty",
+    ):
+        assert warning in caplog.messages
+        assert warning in page
+    caplog.clear()
+    run("chair", RUNS["chair"])
+    assert not caplog.messages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -160,3 +160,40 @@ def test_garbage_is_one_line_with_its_row(
     assert re.search(r"llava.json entry \d: endpoint m: its reply is an HTML page, not JSON", line)
     server.garbage = None
     assert cli.main(argv) == 0
+
+
+def test_from_photographs_to_an_evaluated_adapter(
+    argv: list[str],
+    vlm: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every step of the README on a LLaVA folder: its model labels, is trained, and is judged."""
+    model, photos, out = str(vlm("llava")), str(tmp_path / "coco"), tmp_path / "out"
+    labeller = ["--labeller.backend", "model", "--labeller.model.model", model]
+    assert cli.main([*argv, *labeller, "--rescore", "false"]) == 0
+    assert "labeller: it gives yes and no together 0." in caplog.text  # its weights are random
+    assert re.search(r"3 pairs \(\d topics/.*pairs.jsonl", capsys.readouterr().out)
+    assert cli.main(["pairs", "validate", str(out / "pairs.jsonl")]) == 0
+    small = ["--model", model, "--device", "cpu", "--max_steps", "2", "--lora.rank", "2"]
+    for preset in ("dpo", "mdpo"):
+        run = ["--preset", preset, "--output_dir", str(tmp_path / preset)]
+        pairs = ["--pairs.path", str(out / "pairs.jsonl")]
+        assert cli.main(["train", "vlm-dpo", *small, *run, *pairs]) == 0
+    labels = {name: ["cat"] for name in ("chelsea", "coffee", "rocket")}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    questions = [
+        {"question_id": n, "image": f"{name}.jpg", "text": "Is there a cat?", "label": "yes"}
+        for n, name in enumerate(labels)
+    ]
+    (tmp_path / "pope.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    for benchmark, file in (("chair", "labels.json"), ("pope", "pope.jsonl")):
+        who = ["--model", model, "--adapter", str(tmp_path / "mdpo" / "adapter"), "--device", "cpu"]
+        what = ["--images", photos, "--labels", str(tmp_path / file)]
+        where = ["--output_dir", str(tmp_path / benchmark), "--generation.max_new_tokens", "4"]
+        assert cli.main(["evaluate", benchmark, *who, *what, *where]) == 0
+        answers = [row for _, row in read_jsonl(tmp_path / benchmark / "responses.jsonl")]
+        assert len(answers) == 3
+        summary = json.loads((tmp_path / benchmark / "summary.json").read_text())
+        assert summary["metrics"]["length"] >= 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -301,9 +302,13 @@ def test_too_long_rows_are_dropped_and_counted(
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     rows[0]["prompt"] = "What? " * 200
     rows[1]["chosen"] = "A circle. " * 100
+    rows[2]["image"] = "absent.png"
     write_jsonl(pairs.parent / "long.jsonl", rows)
-    train(vlm("llava"), pairs.parent / "long.jsonl", tmp_path)
+    source = VlmPairsConfig(path=str(pairs.parent / "long.jsonl"), on_bad_row="skip")
+    vlm_dpo.run(options(vlm("llava"), pairs, tmp_path, pairs=source))
     page = (tmp_path / "report.html").read_text()
+    assert "1 bad rows skipped, among them: " in page
+    assert re.search(r"long.jsonl line 3: \S*absent.png does not exist", page)
     assert "1 pairs dropped, too long for the context" in page
     assert "1 pairs with an answer that was shortened to fit" in page
 
@@ -317,7 +322,7 @@ def test_errors_name_file_and_row(vlm: Callable[[str], Path], pairs: Path, tmp_p
     data = (folder / "coffee.png").read_bytes()
     (folder / "broken.png").write_bytes(data[: len(data) // 2])
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"image": "broken.png"}, {}, r"line 2: .*broken.png.*cannot be decoded"),
+        ({"image": "broken.png"}, {}, r"^\S*jsonl line 2: broken.png: .*cannot be decoded"),
         ({"prompt": "What is <|x|></s> it?"}, {}, "line 2: the question has control tokens"),
         ({"revised": None}, {"preset": "opa"}, "line 2: 'revised' is missing"),
         ({"image": None, "prompt": "What?"}, {"preset": "mdpo"}, "line 2: has no images"),

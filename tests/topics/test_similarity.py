@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from skimage import data
 
 from mmalign.config import SimilarityConfig
 from mmalign.shapes.render import render
@@ -92,6 +93,22 @@ def test_crops_in_batches_of_any_size_are_the_same(clip: ClipSimilarity) -> None
     whole = ClipSimilarity(SimilarityConfig(batch_size=64), "cpu")
     texts = [f"a {color} circle" for color in ("red", "blue", "green", "yellow")] * 3
     np.testing.assert_allclose(clip.maps(picture(), texts), whole.maps(picture(), texts), atol=1e-5)
+
+
+def test_large_photographs_are_scaled_down_first(
+    clip: ClipSimilarity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = Image.fromarray(data.coffee())
+    texts = ["a red circle", "a blue star"]
+    small = clip.maps(photo, texts)
+    sizes = set()
+    embed = clip._clip.embed_images
+    monkeypatch.setattr(
+        clip._clip, "embed_images", lambda crops: sizes.add(crops.shape[-2:]) or embed(crops)
+    )
+    large = clip.maps(photo.resize((4 * photo.width, 4 * photo.height)), texts)
+    assert sizes == {(448, 672)}
+    np.testing.assert_allclose(large, small, atol=0.02)
 
 
 def test_another_world_than_shapes_is_warned_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from mmalign.topics.grouping import topics_of
 from mmalign.topics.items import Item, claims_of, facts_of
 from mmalign.topics.select import mean_score
 from mmalign.topics.stages import TOO_FEW
-from mmalign.topics.team import Cost
+from mmalign.topics.team import Cost, Job
 from mmalign.topics.types import Check
 from mmalign.types import InputError
 
@@ -257,3 +258,14 @@ def test_missing_replies_are_noticed(go: Any, world: Any, monkeypatch: Any) -> N
     monkeypatch.setattr(world, "probabilities", lambda questions: [(1.0, 0.0)])
     with pytest.raises(InputError, match=r"line 1: 1 replies to \d+ tasks"):
         go("score", count=1)
+
+
+def test_no_model_is_loaded_for_nothing(go: Any, config: Any, make_team: Any, world: Any) -> None:
+    items = [item for item in go("select", min_topics=50) if item.dropped is None]
+    assert items
+    jobs = [Job("unused", pytest.fail) for _ in range(4)]
+    idle = dict(zip(("splitter", "writer", "labeller", "rewriter"), jobs, strict=True))
+    team = replace(make_team(world), **idle)
+    for stage in make_stages(team, config(min_topics=50), {})[-2:]:
+        for item, result in zip(items, stage.run(items), strict=True):
+            item.results[stage.name] = result
