@@ -37,6 +37,7 @@ REWARDS = {
     "http": "mmalign.rewards.http:HttpReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
     "people": "mmalign.rewards.people:PeopleReward",
+    "pickscore": "mmalign.rewards.pickscore:PickScoreReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",
 }
 
