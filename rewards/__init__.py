@@ -36,6 +36,7 @@ REWARDS = {
     "command": "mmalign.rewards.command:CommandReward",
     "hpsv2": "mmalign.rewards.hpsv2:HpsV2Reward",
     "http": "mmalign.rewards.http:HttpReward",
+    "imagereward": "mmalign.rewards.imagereward:ImageRewardReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
     "people": "mmalign.rewards.people:PeopleReward",
     "pickscore": "mmalign.rewards.pickscore:PickScoreReward",
