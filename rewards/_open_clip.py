@@ -72,6 +72,7 @@ def load_open_clip(
             load_weights=not weights_later,
             precision=precision,
             device=torch.device(device),
+            force_quick_gelu=_quick_gelu(name, weights),
             pretrained_image=False,
             pretrained_text=False,
             require_pretrained=not weights_later,
@@ -89,6 +90,15 @@ def load_open_clip(
     network.eval().requires_grad_(False)
     visual: Any = network.visual
     return OpenClip(network, tokenizer, ClipPreprocess.from_open_clip(visual.preprocess_cfg))
+
+
+def _quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Say whether weights of a tag were trained with QuickGELU, as OpenAI's.
+
+    open_clip only warns when the architecture by that name has GELU, and gives other scores.
+    """
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    return bool(tag.get("quick_gelu", False))
 
 
 def _resolve(model: str, pretrained: str | None, with_weights: bool) -> tuple[str, str | None]:
