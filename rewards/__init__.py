@@ -41,6 +41,7 @@ REWARDS = {
     "people": "mmalign.rewards.people:PeopleReward",
     "pickscore": "mmalign.rewards.pickscore:PickScoreReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",
+    "vqascore": "mmalign.rewards.vqascore:VqaScoreReward",
 }
 
 
