@@ -42,6 +42,7 @@ REWARDS = {
     "people": "mmalign.rewards.people:PeopleReward",
     "pickscore": "mmalign.rewards.pickscore:PickScoreReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",
+    "similarity": "mmalign.rewards.similarity:SimilarityReward",
     "vqascore": "mmalign.rewards.vqascore:VqaScoreReward",
 }
 
