@@ -38,6 +38,7 @@ REWARDS = {
     "http": "mmalign.rewards.http:HttpReward",
     "imagereward": "mmalign.rewards.imagereward:ImageRewardReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
+    "lpips": "mmalign.rewards.lpips:LpipsReward",
     "mps": "mmalign.rewards.mps:MpsReward",
     "people": "mmalign.rewards.people:PeopleReward",
     "pickscore": "mmalign.rewards.pickscore:PickScoreReward",
