@@ -42,6 +42,7 @@ REWARDS = {
     "mps": "mmalign.rewards.mps:MpsReward",
     "people": "mmalign.rewards.people:PeopleReward",
     "pickscore": "mmalign.rewards.pickscore:PickScoreReward",
+    "safety": "mmalign.rewards.safety:SafetyReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",
     "similarity": "mmalign.rewards.similarity:SimilarityReward",
     "vqascore": "mmalign.rewards.vqascore:VqaScoreReward",
