@@ -34,6 +34,7 @@ REWARDS = {
     "callable": "mmalign.rewards.function:CallableReward",
     "clip": "mmalign.rewards.clip:ClipReward",
     "command": "mmalign.rewards.command:CommandReward",
+    "geneval": "mmalign.rewards.geneval:GenevalReward",
     "hpsv2": "mmalign.rewards.hpsv2:HpsV2Reward",
     "http": "mmalign.rewards.http:HttpReward",
     "imagereward": "mmalign.rewards.imagereward:ImageRewardReward",
