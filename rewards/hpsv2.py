@@ -25,9 +25,9 @@ class HpsV2Reward:
 
         r(x, c) = <f(x), g(c)> / (|f(x)| |g(c)|)
 
-    Unscaled, around 0.2 to 0.35; the authors' tables multiply by 100. Prompt as it is, cut to 77
-    tokens; images: long side to 224 (bicubic), padded with black to a square, as the authors'
-    fork of open_clip does. Differentiable with respect to the image.
+    Unscaled; the authors' tables multiply by 100. Prompt as it is, cut to 77 tokens; images: long
+    side to 224 (bicubic), padded with black to a square, as the authors' fork of open_clip does.
+    Differentiable with respect to the image.
     """
 
     name = "hpsv2"

@@ -34,7 +34,7 @@ class ImageRewardReward:
 
         r(x, c) = (MLP(h_0(x, c)) - m) / s
 
-    Without bounds, mostly between -2.5 and 2. The head is a chain of linear maps, without
+    Without bounds, standardized over the authors' data. The head is a chain of linear maps, without
     activations. Prompt as it is, padded or cut to 35 tokens of BERT; images: short side to 224
     (bicubic), centre crop. Differentiable with respect to the image.
     """

@@ -21,10 +21,10 @@ class PickScoreReward:
 
         r(x, c) = exp(s) <f(x), g(c)> / (|f(x)| |g(c)|)
 
-    with the learned temperature s; exp(s) is 100 in the published model, whose scores lie around
-    20. The difference of two scores is the log-odds that people prefer one. Prompt as it is, cut
-    to 77 tokens; images: short side to 224 (bicubic), centre crop. Differentiable with respect to
-    the image.
+    with the learned temperature s; exp(s) is 100 in CLIP-H, which the published model starts from.
+    The difference of two scores is the log-odds that people prefer one. Prompt as it is, cut to 77
+    tokens; images: short side to 224 (bicubic), centre crop. Differentiable with respect to the
+    image.
     """
 
     name = "pickscore"
