@@ -131,7 +131,7 @@ def load_pretrained(kind: Any, model: str, dtype: str, device: str, **options: A
     location, wanted = _location(model), to_dtype(dtype)
     _check_weights(model, options.get("subfolder", ""))
     try:
-        with _no_bars():
+        with _quietly():
             network, info = kind.from_pretrained(
                 location, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
             )
@@ -147,16 +147,17 @@ def load_pretrained(kind: Any, model: str, dtype: str, device: str, **options: A
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Hide the bar over the weights of one file."""
+def _quietly() -> Iterator[None]:
+    """Hide the bar over the weights, and the report of what is missing: that is our error."""
     switch = transformers.utils.logging
-    enabled = switch.is_progress_bar_enabled()
-    if enabled:
-        switch.disable_progress_bar()
+    verbosity, bars = switch.get_verbosity(), switch.is_progress_bar_enabled()
+    switch.set_verbosity_error()
+    switch.disable_progress_bar()
     try:
         yield
     finally:
-        if enabled:
+        switch.set_verbosity(verbosity)
+        if bars:
             switch.enable_progress_bar()
 
 
