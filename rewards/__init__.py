@@ -34,10 +34,19 @@ REWARDS = {
     "callable": "mmalign.rewards.function:CallableReward",
     "clip": "mmalign.rewards.clip:ClipReward",
     "command": "mmalign.rewards.command:CommandReward",
+    "geneval": "mmalign.rewards.geneval:GenevalReward",
+    "hpsv2": "mmalign.rewards.hpsv2:HpsV2Reward",
     "http": "mmalign.rewards.http:HttpReward",
+    "imagereward": "mmalign.rewards.imagereward:ImageRewardReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
+    "lpips": "mmalign.rewards.lpips:LpipsReward",
+    "mps": "mmalign.rewards.mps:MpsReward",
     "people": "mmalign.rewards.people:PeopleReward",
+    "pickscore": "mmalign.rewards.pickscore:PickScoreReward",
+    "safety": "mmalign.rewards.safety:SafetyReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",
+    "similarity": "mmalign.rewards.similarity:SimilarityReward",
+    "vqascore": "mmalign.rewards.vqascore:VqaScoreReward",
 }
 
 

@@ -1,6 +1,6 @@
-"""open_clip's inference transform in tensor space, so that gradients reach the image.
+"""Inference transforms of open_clip and transformers in tensor space, so that gradients pass.
 
-open_clip resizes 8-bit PIL images. Pillow filters rows first and columns second and clamps to
+Both resize 8-bit PIL images. Pillow filters rows first and columns second and clamps to
 [0, 255] after each pass; one two-dimensional interpolation differs from that by up to 12/255 around
 edges, two clamped passes by about 1/255, which is what rounding to integers costs.
 """
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmalign.types import InputError
+
 ResizeMode = Literal["shortest", "longest", "squash"]
 
 
@@ -22,7 +24,7 @@ ResizeMode = Literal["shortest", "longest", "squash"]
 class ClipPreprocess:
     """Resize, crop and normalize images as `open_clip.image_transform_v2(..., is_train=False)`.
 
-    Without gradients the result equals open_clip's within 1/255 before normalization, because it
+    Without gradients the result equals the original's within 1/255 before normalization, because it
     is rounded to 8 bits as Pillow does. Where gradients are recorded the rounding is left out: it
     has no derivative.
 
@@ -34,6 +36,10 @@ class ClipPreprocess:
         resize_mode: `shortest` fits the short side and crops, `longest` fits the long side and
             pads, `squash` ignores the aspect ratio.
         fill_color: 0 to 255, of the padding.
+        resize_to: the short side before the crop, where that is not the crop's; only for `shortest`
+            and square sizes.
+        crop_down: round the crop's offset down, as transformers does; torchvision, which open_clip
+            uses, rounds to the nearest even number.
     """
 
     size: tuple[int, int]
@@ -42,6 +48,49 @@ class ClipPreprocess:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: ResizeMode = "shortest"
     fill_color: int = 0
+    resize_to: int | None = None
+    crop_down: bool = False
+
+    @classmethod
+    def from_transformers(cls, processor: Mapping[str, Any], name: str) -> ClipPreprocess:
+        """Read the dictionary of an image processor: CLIP's, BiT's (DINO) or SigLIP's.
+
+        Args:
+            processor: content of `preprocessor_config.json`.
+            name: the model, for messages.
+
+        Raises:
+            InputError: if it is of another kind.
+        """
+        interpolation = {2: "bilinear", 3: "bicubic"}.get(processor.get("resample", 3))
+        steps = [processor.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")]
+        size, crop = processor.get("size"), processor.get("crop_size")
+        if not isinstance(size, Mapping):  # of before transformers 4.25
+            size = {"shortest_edge": size}
+        short, crops = size.get("shortest_edge"), processor.get("do_center_crop", False)
+        height, width = _square(crop) if crops else (size.get("height"), size.get("width"))
+        if (
+            interpolation is None
+            or not all(steps)
+            or height is None
+            or width is None
+            or (short is None) == crops
+        ):
+            raise InputError(
+                f"{name}: images are prepared in a way that is not supported: its image processor "
+                "must resize, crop or squash to one size, rescale and normalize"
+            )
+        if short is not None and (height != width or short < height):
+            raise InputError(f"{name}: short side {short} does not fill a {height}x{width} crop")
+        return cls(
+            size=(height, width),
+            mean=tuple(processor["image_mean"]),
+            std=tuple(processor["image_std"]),
+            interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
+            resize_mode="squash" if short is None else "shortest",
+            resize_to=short,
+            crop_down=True,
+        )
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> ClipPreprocess:
@@ -86,7 +135,7 @@ class ClipPreprocess:
         if self.resize_mode == "squash":
             return self.size
         if self.resize_mode == "shortest" and self.size[0] == self.size[1]:
-            side = self.size[0]
+            side = self.size[0] if self.resize_to is None else self.resize_to
             if width <= height:
                 return int(side * height / width), side
             return side, int(side * width / height)
@@ -103,6 +152,12 @@ class ClipPreprocess:
             top, left = missing[0] // 2, missing[1] // 2
             sides = (left, missing[1] - left, top, missing[0] - top)
             images = F.pad(images, sides, value=fill)
-        top = round((images.shape[-2] - self.size[0]) / 2)
-        left = round((images.shape[-1] - self.size[1]) / 2)
+        spare = [have - want for want, have in zip(self.size, images.shape[-2:], strict=True)]
+        top, left = (n // 2 if self.crop_down else round(n / 2) for n in spare)
         return images[..., top : top + self.size[0], left : left + self.size[1]]
+
+
+def _square(crop: Any) -> tuple[Any, Any]:
+    if isinstance(crop, Mapping):
+        return crop.get("height"), crop.get("width")
+    return crop, crop

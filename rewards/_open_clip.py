@@ -42,7 +42,14 @@ class OpenClip:
         return vectors[[rows[text] for text in texts]]
 
 
-def load_open_clip(model: str, pretrained: str | None, device: str, precision: str) -> OpenClip:
+def load_open_clip(
+    model: str,
+    pretrained: str | None,
+    device: str,
+    precision: str,
+    *,
+    weights_later: bool = False,
+) -> OpenClip:
     """Load a frozen open_clip model in evaluation mode.
 
     Args:
@@ -51,21 +58,24 @@ def load_open_clip(model: str, pretrained: str | None, device: str, precision: s
         pretrained: weights of a built-in architecture: a tag, or a file.
         device: torch device.
         precision: open_clip's `fp32`, `fp16`, `bf16`, `pure_fp16` or `pure_bf16`.
+        weights_later: only build the network; the caller loads its weights.
 
     Raises:
         InputError: if the model, its folder or its weights are missing or damaged, or if the
             weights are pickled objects.
     """
-    name, weights = _resolve(model, pretrained)
+    name, weights = _resolve(model, pretrained, not weights_later)
     try:
         network: nn.Module = open_clip.create_model(
             name,
             pretrained=weights,
+            load_weights=not weights_later,
             precision=precision,
             device=torch.device(device),
+            force_quick_gelu=_quick_gelu(name, weights),
             pretrained_image=False,
             pretrained_text=False,
-            require_pretrained=True,
+            require_pretrained=not weights_later,
             weights_only=True,
         )
         tokenizer = open_clip.get_tokenizer(name)
@@ -82,27 +92,37 @@ def load_open_clip(model: str, pretrained: str | None, device: str, precision: s
     return OpenClip(network, tokenizer, ClipPreprocess.from_open_clip(visual.preprocess_cfg))
 
 
-def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None]:
+def _quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Say whether weights of a tag were trained with QuickGELU, as OpenAI's.
+
+    open_clip only warns when the architecture by that name has GELU, and gives other scores.
+    """
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    return bool(tag.get("quick_gelu", False))
+
+
+def _resolve(model: str, pretrained: str | None, with_weights: bool) -> tuple[str, str | None]:
     if model.startswith("hf-hub:"):
         return model, None
     folder = as_path(model.removeprefix("local-dir:"))
     if model.startswith(("local-dir:", "pkg://")) or folder.is_dir():
-        return f"local-dir:{_checked_folder(folder)}", None
+        return f"local-dir:{_checked_folder(folder, with_weights)}", None
     architectures = open_clip.list_models()
     if model.replace("/", "-") not in architectures:
         raise InputError(
             f"open_clip model {model!r} is neither a folder nor a built-in architecture "
             f"such as {', '.join(architectures[:3])}; other forms: {', '.join(SCHEMAS)}pkg://"
         )
-    return model, _weights(model, pretrained)
+    return model, _weights(model, pretrained) if with_weights else None
 
 
-def _checked_folder(folder: Path) -> Path:
+def _checked_folder(folder: Path, with_weights: bool) -> Path:
     if not folder.is_dir():
         raise InputError(f"open_clip folder {folder} does not exist")
     if not (folder / "open_clip_config.json").is_file():
         raise InputError(f"open_clip folder {folder} has no open_clip_config.json")
-    if not any(item.suffix in (".safetensors", ".bin", ".pth") for item in folder.iterdir()):
+    suffixes = {item.suffix for item in folder.iterdir()}
+    if with_weights and not suffixes & {".safetensors", ".bin", ".pth"}:
         raise InputError(f"open_clip folder {folder} has no weights (*.safetensors)")
     return folder
 

@@ -1,23 +1,27 @@
 """LAION's aesthetic predictors: a small head on CLIP image embeddings.
 
-Two public layouts are read: the linear head of aesthetic predictor v1, and the multi-layer head of
-the improved predictor (`sac+logos+ava1`: 768-1024-128-64-16-1). The latter was trained without
-activations between its layers, so it is a chain of linear maps; dropout is off at inference.
+Three public layouts are read. One is the linear head of aesthetic predictor v1
+(`sa_0_4_vit_*_linear.pth`). Two are multi-layer heads (768-1024-128-64-16-1) of the improved
+predictor, v2: `sac+logos+ava1-l14-linearMSE.pth` was trained without activations between its
+layers, so it is a chain of linear maps, and `ava+logos-l14-reluMSE.pth` with rectifiers, which
+shows in the numbers of its layers. Dropout is off at inference.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from mmalign.config import as_path
+from mmalign.rewards._heads import linear_chain, numbers
 from mmalign.rewards._open_clip import load_open_clip
 from mmalign.rewards._weights import load_tensors
 from mmalign.types import InputError, Modality
+
+RELU_PLACES = {0, 3, 6, 9, 11}
+"""Places of the layers among activations and dropout in the head with rectifiers."""
 
 
 class AestheticReward:
@@ -70,34 +74,12 @@ class AestheticReward:
         return rating[:, 0].to(samples.device)
 
 
-def load_head(path: Path) -> nn.Sequential:
+def load_head(path: Path) -> nn.Module:
     """Read a linear or multi-layer head; frozen, float32.
 
     Raises:
         InputError: if the file is unusable, or its layers do not chain to a single output.
     """
     tensors = load_tensors(path)
-    names = [name for name in tensors if name.endswith("weight") and tensors[name].ndim == 2]
-    names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-    layers = [
-        _linear(tensors[name], tensors.get(name.removesuffix("weight") + "bias")) for name in names
-    ]
-    widths = [(layer.in_features, layer.out_features) for layer in layers]
-    chained = all(left[1] == right[0] for left, right in itertools.pairwise(widths))
-    if not layers or not chained or widths[-1][1] != 1 or 2 * len(layers) != len(tensors):
-        raise InputError(
-            f"aesthetic head {path} is not a chain of linear layers that ends in one output: "
-            f"{', '.join(f'{name} {tuple(t.shape)}' for name, t in tensors.items())[:200]}"
-        )
-    head = nn.Sequential(*layers)
-    return head.eval().requires_grad_(False)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
-    layer.weight.data.copy_(weight)
-    if bias is not None and bias.shape == layer.bias.shape:
-        layer.bias.data.copy_(bias)
-    else:
-        raise InputError(f"aesthetic head: a layer of shape {tuple(weight.shape)} has no bias")
-    return layer
+    places = {numbers(name)[-1] for name in tensors if numbers(name)}
+    return linear_chain(tensors, f"aesthetic head {path}", relu=places == RELU_PLACES)

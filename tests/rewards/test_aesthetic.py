@@ -57,6 +57,20 @@ def test_public_width_loads(tmp_path: Path) -> None:
     torch.testing.assert_close(load_head(tmp_path / "head.pth")(vectors), head(vectors))
 
 
+def test_head_with_rectifiers(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    head = nn.Sequential(
+        *(nn.Linear(8, 1024), nn.ReLU(), nn.Dropout(0.2)),
+        *(nn.Linear(1024, 128), nn.ReLU(), nn.Dropout(0.2)),
+        *(nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.1)),
+        *(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 1)),
+    ).eval()
+    state = {f"layers.{name}": value for name, value in head.state_dict().items()}
+    torch.save(state, tmp_path / "head.pth")
+    vectors = torch.randn(3, 8)
+    torch.testing.assert_close(load_head(tmp_path / "head.pth")(vectors), head(vectors))
+
+
 def test_gradients_reach_the_image(clip_folder: Path, tmp_path: Path) -> None:
     save_mlp(tmp_path / "head.pth", 8)
     reward = AestheticReward(str(tmp_path / "head.pth"), str(clip_folder), None)

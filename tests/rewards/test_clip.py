@@ -118,3 +118,22 @@ def test_the_reward_of_shapes_world_is_not_taken_silently(caplog: pytest.LogCapt
     assert not caplog.records
     ClipReward()
     assert "knows nothing of photographs" in caplog.text
+
+
+@pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion400m_e32", False)])
+def test_activation_is_the_one_the_weights_were_trained_with(
+    tag: str, quick: bool, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = open_clip.create_model
+    asked: dict[str, object] = {}
+
+    def without_download(name: str, pretrained: str, **options: Any) -> Any:
+        asked.update(options, name=name, pretrained=pretrained)
+        quick_gelu = bool(options["force_quick_gelu"])
+        return original(f"local-dir:{clip_folder}", force_quick_gelu=quick_gelu)
+
+    monkeypatch.setattr(open_clip, "create_model", without_download)
+    reward = ClipReward("ViT-L-14", pretrained=tag)
+    used = {type(module).__name__ for module in reward.clip.model.transformer.modules()}
+    assert (asked["name"], asked["pretrained"]) == ("ViT-L-14", tag)
+    assert ("QuickGELU" in used) is quick

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +96,19 @@ def test_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
         load_reward(RewardConfig(name="broken"))
     with pytest.raises(InputError, match="did you mean 'shiny'"):
         load_reward(RewardConfig(name="shinny"))
+
+
+def test_every_reward_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    rows = {
+        name
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert rows == set(REWARDS)
+    linked = re.findall(r"\]\((\.\.[^)]+|\w[^):]*\.md)\)", page)
+    assert linked
+    assert all((Path(__file__).parents[2] / "docs" / link).exists() for link in linked)
+    tested = re.findall(r"`(test_\w+\.py)`", page)
+    assert all((Path(__file__).parent / name).exists() for name in tested)
