@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,10 +19,11 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from mmalign.config import TrainConfig
+from mmalign.config import TrainConfig, how_to_install
 from mmalign.types import InputError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MAX_TRACKED_IMAGES = 16
 
 
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
@@ -39,7 +42,7 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
             raise InputError(f"report_to: no tracker {name!r}; there are {known}")
         if name in missing:
-            raise InputError(f"report_to: {name} is not installed; install it or leave it out")
+            raise InputError(f"report_to: {name} is not installed; {how_to_install(name)}")
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -61,13 +64,38 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
 def tracking(accelerator: Accelerator, config: TrainConfig) -> Iterator[None]:
     """Start the trackers of `report_to` and finish them at the end of the block."""
     if config.report_to:
-        accelerator.init_trackers("mmalign", config=_flat(dataclasses.asdict(config)))
+        accelerator.init_trackers(
+            "mmalign",
+            config=_flat(dataclasses.asdict(config)),
+            init_kwargs=_tracker_options(config),
+        )
     try:
         yield
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers.clear()
+
+
+def track_evaluation(
+    accelerator: Accelerator, step: int, metrics: Mapping[str, float], images: torch.Tensor
+) -> None:
+    """Send an evaluation to the trackers; pictures go to those that take any.
+
+    Args:
+        accelerator: the run's, whose trackers `tracking` has started.
+        step: optimizer steps done.
+        metrics: value by name; they arrive as `evaluation/NAME`.
+        images: (B, 3, H, W) in [0, 1]; the first 16 are sent.
+    """
+    values = {f"evaluation/{k}": v for k, v in metrics.items() if math.isfinite(v)}
+    accelerator.log(values, step=step)
+    pixels = images[:MAX_TRACKED_IMAGES].mul(255).round().clamp(0, 255).byte()
+    pictures = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"evaluation/images": pictures}, step=step, **layout)
 
 
 class StopSignal:
@@ -121,6 +149,15 @@ class StopSignal:
             # A write of its own: stderr's buffer may be in the middle of one.
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
         self.received = signal.Signals(number)
+
+
+def _tracker_options(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Name the run after its folder, keep files in there, and stay off the network if told to."""
+    name = Path(config.output_dir).name
+    wandb = {"name": name, "dir": config.output_dir}
+    if getattr(config, "offline", False):
+        wandb["mode"] = "offline"
+    return {"wandb": wandb, "trackio": {"name": name}}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:

@@ -37,15 +37,7 @@ def parse_options(config_class: type[Config], argv: Sequence[str], *, command: s
         InputError: an unknown name, a value of the wrong type, or an unusable YAML file.
         SystemExit: after printing the help for `--help`.
     """
-    parser = _Parser(
-        prog=f"mmalign {command}",
-        usage="%(prog)s [--config FILE|NAME] [--option VALUE ...]",
-        description=(config_class.__doc__ or "").partition("\n")[0],
-        epilog=_epilog(config_class),
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file, or name of a packaged config")
-    parser.add_class_arguments(config_class, as_group=False)
+    parser = make_parser(config_class, command=command)
     if "--help" in argv or "-h" in argv:
         parser.print_help()
         raise SystemExit(0)
@@ -61,6 +53,20 @@ def parse_options(config_class: type[Config], argv: Sequence[str], *, command: s
     config = config_class(**{n: getattr(values, n) for n in typing.get_type_hints(config_class)})
     _expand_home(config)
     return config
+
+
+def make_parser(config_class: type, *, command: str) -> _Parser:
+    """Make the parser of a command, which also is the source of the documented options."""
+    parser = _Parser(
+        prog=f"mmalign {command}",
+        usage="%(prog)s [--config FILE|NAME] [--option VALUE ...]",
+        description=(config_class.__doc__ or "").partition("\n")[0],
+        epilog=_epilog(config_class),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file, or name of a packaged config")
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
 
 
 def packaged_configs() -> list[str]:

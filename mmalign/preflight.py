@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import (
+    TRACKERS,
     BenchmarkConfig,
     EvalConfig,
     GenerateConfig,
@@ -23,6 +24,8 @@ from mmalign.config import (
     TrainConfig,
     VlmDpoConfig,
     as_path,
+    how_to_install,
+    is_installed,
 )
 from mmalign.types import InputError
 
@@ -160,6 +163,7 @@ def check_config(config: object) -> None:
         _check_number("resamples", config.resamples, 1, _INF)  # topic overwriting may do without
     if isinstance(config, TrainConfig):
         _check_resume(config)
+        _check_trackers(config.report_to)
     if isinstance(config, RunConfig):
         _check_evaluation(config.evaluation)
     _check_contents(config)
@@ -229,6 +233,13 @@ def _check_resume(config: TrainConfig) -> None:
             f"output_dir: {folder} holds checkpoints of an earlier run; continue it with"
             " --resume_from_checkpoint latest, or choose another --output_dir"
         )
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Accelerate's other trackers and wrong names are found when the accelerator is made."""
+    for name in names:
+        if name in TRACKERS and not is_installed(name):
+            raise InputError(f"report_to: {name} is not installed; {how_to_install(name)}")
 
 
 def _check_evaluation(config: EvalConfig) -> None:

@@ -119,6 +119,7 @@ class Curve:
         self._writes = writes
         self._first: dict[str, float] = {}
         self.averaged: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.track: Callable[[int, Mapping[str, float], Tensor], None] | None = None
         self.stopping: EarlyStopping | None = None
 
     def begin(self, base_images: Tensor | None, parameters: Sequence[nn.Parameter]) -> None:
@@ -161,6 +162,8 @@ class Curve:
             metrics = self._measured(images)
             if self.stopping is not None:
                 self.stopping.update(step, metrics)
+            if self.track is not None:
+                self.track(step, metrics, images)
         if self._log is not None:
             self._log.write(step, {**metrics, **self._meter.counts()})
             self._log.sync()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mmalign.accelerator import make_accelerator
+from mmalign.accelerator import make_accelerator, track_evaluation
 from mmalign.adapters import load_adapter, no_file_bars
 from mmalign.checkpoint import list_checkpoints
 from mmalign.config import RunConfig, changed_options, dump_config
@@ -237,6 +238,7 @@ def _curve(config: RunConfig, run: Run, judges: Judges, before: Tensor | None) -
         meter=run.meter,
         writes=run.accelerator.is_main_process,
     )
+    curve.track = partial(track_evaluation, run.accelerator)
     curve.begin(before, run.trainable)
     if curve.stopping is not None:
         run.state["early_stopping"] = curve.stopping

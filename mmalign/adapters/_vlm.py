@@ -210,9 +210,13 @@ class VlmFamily(ABC):
         }
         output = self.model.model.get_image_features(**tensors, return_dict=True)
         embeds = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
-        deep = getattr(output, "deepstack_features", None) or ()
+        # A level is one tensor per image, or in transformers 5.17 one for all images.
+        deep = [
+            level if isinstance(level, Tensor) else torch.cat(list(level))
+            for level in getattr(output, "deepstack_features", None) or ()
+        ]
         small = {name: value for name, value in images.tensors.items() if name != "pixel_values"}
-        return ImageFeatures(embeds, tuple(torch.cat(list(level)) for level in deep), small)
+        return ImageFeatures(embeds, tuple(deep), small)
 
     def score(
         self,

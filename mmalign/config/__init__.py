@@ -12,6 +12,7 @@ from mmalign.config.compare import (
     MethodConfig,
 )
 from mmalign.config.endpoint import EndpointConfig
+from mmalign.config.extras import TRACKERS, how_to_install, is_installed
 from mmalign.config.files import (
     as_path,
     changed_options,
@@ -103,6 +104,7 @@ __all__ = [
     "ATTENTION_TARGETS",
     "EVALUATION_SEED",
     "LANGUAGE_TARGETS",
+    "TRACKERS",
     "TRAIN_CONFIGS",
     "BenchmarkConfig",
     "BudgetConfig",
@@ -176,4 +178,6 @@ __all__ = [
     "as_path",
     "changed_options",
     "dump_config",
+    "how_to_install",
+    "is_installed",
 ]

@@ -274,7 +274,8 @@ class TrainConfig:
         save_steps: interval of checkpoints; 0 saves only at the end.
         save_total_limit: checkpoints kept.
         resume_from_checkpoint: `latest`, a checkpoint folder, or nothing.
-        report_to: trackers of accelerate besides `metrics.jsonl`, such as `tensorboard`.
+        report_to: trackers besides `metrics.jsonl`, which is always written: `tensorboard`,
+            `wandb`, `trackio` (the extras of these names install them), or another of accelerate's.
         num_workers: data loader processes.
     """
 
