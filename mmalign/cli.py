@@ -122,6 +122,12 @@ COMMANDS: dict[Words, Command] = {
         positional="questions",
     ),
     ("score",): Command("ScoreConfig", "mmalign.pipelines.score:run", "score a folder of images"),
+    ("serve-reward",): Command(
+        "ServeRewardConfig",
+        "mmalign.pipelines.serve_reward:run",
+        "a reward for other machines, over HTTP",
+        positional="reward",
+    ),
     ("generate",): Command("GenerateConfig", "mmalign.pipelines.generate:run", "sample images"),
     ("evaluate", "image"): Command(
         "EvaluateImageConfig",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmalign.endpoint import EndpointError
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def score_samples(
     ask = cast("Callable[..., object]", reward)
     try:
         return to_scores(ask(samples, prompts), len(samples))
-    except ScorerError:
+    except (ScorerError, EndpointError):
         raise
     except BadScoreError as error:
         where = _span(labels) if error.index is None else labels[error.index]
@@ -105,7 +106,8 @@ def score_samples(
         if _is_out_of_memory(error):
             raise
         where = _first_failing(ask, samples, prompts, labels)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        reason = f"{kind}{error}".splitlines()[0]
         raise InputError(f"reward {reward.name} failed for {where}: {reason}") from error
 
 

@@ -39,6 +39,7 @@ from mmalign.config.jobs import (
     QuickstartImageConfig,
     QuickstartVlmConfig,
     ScoreConfig,
+    ServeRewardConfig,
 )
 from mmalign.config.offline import (
     ConsistencyDpoConfig,
@@ -157,6 +158,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "ServeRewardConfig",
     "SimilarityConfig",
     "Strict",
     "TailorpoConfig",

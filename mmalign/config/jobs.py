@@ -127,6 +127,38 @@ class ScoreConfig:
 
 
 @dataclass(kw_only=True)
+class ServeRewardConfig:
+    """Serve a reward to other machines, which ask it by the reward `http`.
+
+    Attributes:
+        reward: name of a reward, which may stand alone right after the command, or a dotted path.
+        options: keyword arguments of the reward's class.
+        device: torch device; `auto` takes the accelerator when there is one.
+        host: address to listen on; on any but this machine's own the server needs a token.
+        port: port to listen on; 0 takes a free one.
+        token: secret that clients must show; off the loopback one is made when omitted.
+        batch_size: samples scored at a time, of several requests where they wait; halved where
+            memory ends.
+        queue: requests held at a time; what comes beyond is asked to come back later.
+        max_samples: samples per request.
+        max_body_mib: largest request in MiB.
+        max_pixels: images with more pixels are refused before they are decoded.
+    """
+
+    reward: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8766
+    token: str | None = None
+    batch_size: int = 32
+    queue: int = 64
+    max_samples: int = 256
+    max_body_mib: int = 64
+    max_pixels: int = 50_000_000
+
+
+@dataclass(kw_only=True)
 class GenerateConfig(ModelConfig):
     """Sample images from a model, with or without an adapter.
 
