@@ -33,12 +33,17 @@ REWARDS = {
     "aesthetic": "mmalign.rewards.aesthetic:AestheticReward",
     "brightness": "mmalign.rewards.brightness:BrightnessReward",
     "callable": "mmalign.rewards.function:CallableReward",
+    "caption_evidence": "mmalign.rewards.caption_evidence:CaptionEvidenceReward",
+    "chair": "mmalign.rewards.chair:ChairReward",
     "clip": "mmalign.rewards.clip:ClipReward",
     "command": "mmalign.rewards.command:CommandReward",
     "http": "mmalign.rewards.http:HttpReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
+    "judge": "mmalign.rewards.judge:JudgeReward",
+    "length": "mmalign.rewards.length:LengthReward",
     "people": "mmalign.rewards.people:PeopleReward",
     "saturation": "mmalign.rewards.saturation:SaturationReward",
+    "yes_no": "mmalign.rewards.yes_no:YesNoReward",
 }
 
 
