@@ -121,7 +121,9 @@ COMMANDS: dict[Words, Command] = {
         "make pairs of a vision-language model's own answers, topic by topic",
         positional="questions",
     ),
-    ("score",): Command("ScoreConfig", "mmalign.pipelines.score:run", "score a folder of images"),
+    ("score",): Command(
+        "ScoreConfig", "mmalign.pipelines.score:run", "score images, or answers about images"
+    ),
     ("serve-reward",): Command(
         "ServeRewardConfig",
         "mmalign.pipelines.serve_reward:run",

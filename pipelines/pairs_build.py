@@ -34,6 +34,7 @@ from mmalign.pipelines._candidates import (
     sample_missing,
 )
 from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._response_pairs import build_response_pairs
 from mmalign.pipelines._scores import ScoreLog, Scorer, bad_images, reward_key, score_groups
 from mmalign.rewards import load_reward
 from mmalign.rewards.combine import combine_scores
@@ -55,8 +56,11 @@ def run(config: PairsBuildConfig) -> None:
     """Build pairs and say how many.
 
     Raises:
-        InputError: as `build_pairs`.
+        InputError: as `build_pairs`, or with answers as `build_response_pairs`.
     """
+    if config.responses is not None:
+        build_response_pairs(config)
+        return
     table = build_pairs(config)
     for bad in table.bad_rows:
         tqdm.write(f"skipped {bad}")
@@ -137,7 +141,10 @@ def _scorer(config: PairsBuildConfig, reward: Reward | None, device: str) -> Sco
     if len(configs) < len(config.rewards):
         raise InputError("rewards has the same reward with the same options twice")
     return Scorer(
-        configs, lambda: {key: load_reward(c, device) for key, c in configs.items()}, device
+        configs,
+        lambda: {key: load_reward(c, device) for key, c in configs.items()},
+        device,
+        config.cache,
     )
 
 

@@ -509,3 +509,23 @@ def test_gdpo_ranks_within_prompts_and_spreads_over_all(colors: PairsBuildConfig
     scores = torch.tensor([json.loads(line)["score"] for line in lines])
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-6)
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-6)
+
+
+counted: list[int] = []
+
+
+def count(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    counted.append(len(images))
+    return images.mean((1, 2, 3))
+
+
+def test_scores_are_shared_with_other_runs(config: PairsBuildConfig, tmp_path: Path) -> None:
+    counted.clear()
+    config.rewards, config.cache = [RewardConfig(name=f"{__name__}:count")], str(tmp_path / "cache")
+    build_pairs(config, adapter=FakeSampler())  # type: ignore[arg-type]
+    assert sum(counted) == 15
+    before = (Path(config.output) / "metadata.jsonl").read_bytes()
+    config.output = str(tmp_path / "again")
+    build_pairs(config, adapter=FakeSampler())  # type: ignore[arg-type]
+    assert sum(counted) == 15
+    assert (Path(config.output) / "metadata.jsonl").read_bytes() == before
