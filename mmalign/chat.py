@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import math
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmalign.data.images import image_suffix, open_image, read_image_bytes
-from mmalign.endpoint import EndpointError, JsonClient, excerpt
+from mmalign.endpoint import EndpointError, JsonClient, bearer, excerpt
 from mmalign.randomness import derive_seed
 from mmalign.types import ImageRef, InputError
 
@@ -64,7 +63,7 @@ class ChatEndpoint:
             label=f"endpoint {config.model_name}",
             timeout=config.timeout,
             retries=config.retries,
-            headers=_headers(config.api_key_env),
+            headers=bearer(config.api_key_env, "endpoint.api_key_env"),
             retry_statuses=BUSY,
         )
 
@@ -186,15 +185,6 @@ def _seeds(questions: Sequence[Question], seed: int) -> list[int]:
         seeds.append(derive_seed(seed, question.prompt, before[key]) % LARGEST_SEED)
         before[key] += 1
     return seeds
-
-
-def _headers(variable: str | None) -> dict[str, str]:
-    if variable is None:
-        return {}
-    key = os.environ.get(variable, "").strip()
-    if not key or not key.isascii() or not key.isprintable():
-        raise InputError(f"endpoint.api_key_env: the environment variable {variable} has no key")
-    return {"Authorization": f"Bearer {key}"}
 
 
 class _Pictures:

@@ -126,7 +126,15 @@ COMMANDS: dict[Words, Command] = {
         "mmalign.pipelines.shapes_pictures:run",
         "draw pictures of Shapes world, with questions",
     ),
-    ("score",): Command("ScoreConfig", "mmalign.pipelines.score:run", "score a folder of images"),
+    ("score",): Command(
+        "ScoreConfig", "mmalign.pipelines.score:run", "score images, or answers about images"
+    ),
+    ("serve-reward",): Command(
+        "ServeRewardConfig",
+        "mmalign.pipelines.serve_reward:run",
+        "a reward for other machines, over HTTP",
+        positional="reward",
+    ),
     ("generate",): Command("GenerateConfig", "mmalign.pipelines.generate:run", "sample images"),
     ("evaluate", "image"): Command(
         "EvaluateImageConfig",

@@ -20,6 +20,7 @@ from mmalign.config import (
     OnlineDpoConfig,
     PairsBuildConfig,
     RunConfig,
+    ScoreConfig,
     ShapesPicturesConfig,
     TrainConfig,
     VlmDpoConfig,
@@ -73,7 +74,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "max_images": (1, _INF),
     "max_length": (1, _INF),
     "max_new_tokens": (1, _INF),
+    "max_body_mib": (1, _INF),
     "max_pixels": (1, _INF),
+    "max_samples": (1, _INF),
     "max_steps": (1, _INF),
     "max_tokens": (1, _INF),
     "max_words": (1, _INF),
@@ -94,6 +97,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, _INF),
     "port": (0, 65535),
     "processes": (1, _INF),
+    "queue": (1, _INF),
     "rank": (1, _INF),
     "reference_decay": (0, 1),
     "reference_update_steps": (1, _INF),
@@ -129,7 +133,7 @@ INPUT_PATHS = {
     *("questions", "reviews"),
 }
 MODELS = {"model", "adapter", "base_adapter", "teacher"}
-OUTPUT_PATHS = {"output_dir", "output", "cache_dir"}
+OUTPUT_PATHS = {"output_dir", "output", "cache_dir", "cache"}
 _WRITE_FOLDERS = (
     GenerateConfig,
     PairsBuildConfig,
@@ -149,8 +153,8 @@ def check_config(config: object) -> None:
         leaf = name.rpartition(".")[2]
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_number(name, value, *RANGES.get(leaf, (-_INF, _INF)))
-        elif name == "pairs.path" and isinstance(config, OnlineDpoConfig):
-            continue  # every round makes its own
+        elif _is_needless(config, name, value):
+            continue
         elif isinstance(value, str) and leaf in INPUT_PATHS:
             _check_input(name, value)
         elif isinstance(value, str) and leaf in MODELS:
@@ -179,6 +183,14 @@ def _options(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield from _options(item, f"{place}.")
             else:
                 yield place, item
+
+
+def _is_needless(config: object, name: str, value: object) -> bool:
+    if name == "pairs.path" and isinstance(config, OnlineDpoConfig):
+        return True  # every round makes its own
+    # Answers bring their prompts, and name their images.
+    given = isinstance(config, ScoreConfig | PairsBuildConfig) and config.responses is not None
+    return given and not value and name in ("images", "prompts")
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:
@@ -255,7 +267,7 @@ def _check_contents(config: object) -> None:
     evaluation = getattr(config, "evaluation", None)
     _check_prompts(getattr(evaluation, "prompts", None))
     if isinstance(config, GenerateConfig | OnlineConfig) or (
-        isinstance(config, PairsBuildConfig) and config.images is None
+        isinstance(config, PairsBuildConfig) and config.images is None and not config.responses
     ):
         _check_prompts(config.prompts)
     if isinstance(config, OnlineDpoConfig):

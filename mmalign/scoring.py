@@ -1,19 +1,26 @@
-"""Checked calls of rewards: every bad score is an error that names its sample."""
+"""Checked calls of rewards: every bad score is an error that names its sample.
+
+A reward that runs out of memory is asked for half as many samples at a time.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmalign.endpoint import EndpointError
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
-    from mmalign.types import Reward
+    from mmalign.types import Response, Reward, TextReward
+
+logger = logging.getLogger(__name__)
 
 
 class BadScoreError(InputError):
@@ -58,13 +65,16 @@ def to_scores(values: object, count: int) -> Tensor:
 
 
 def score_samples(
-    reward: Reward, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
+    reward: Reward | TextReward,
+    samples: Tensor | Sequence[Response],
+    prompts: Sequence[str],
+    names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Score samples and check every score; gradients pass through.
+    """Score samples in one call and check every score; gradients pass through.
 
     Args:
         reward: what scores.
-        samples: images (B, 3, H, W) in [0, 1].
+        samples: images (B, 3, H, W) in [0, 1], or answers, as the reward's modality is.
         prompts: one per sample.
         names: one per sample, for messages; their numbers when omitted.
 
@@ -74,8 +84,9 @@ def score_samples(
     Raises:
         InputError: naming the reward and the sample, if counts differ or if the reward raises or
             returns NaN, infinity, None or a wrong number of scores.
+        MemoryError: or the error that torch raises, when memory runs out; `BatchedReward` goes on.
     """
-    labels = list(names) if names is not None else [f"sample {i}" for i in range(len(samples))]
+    labels = _labels(samples, names)
     if not len(samples) == len(prompts) == len(labels):
         raise InputError(
             f"reward {reward.name}: {len(samples)} samples, {len(prompts)} prompts and "
@@ -83,22 +94,91 @@ def score_samples(
         )
     if not labels:
         return torch.zeros(0)
+    ask = cast("Callable[..., object]", reward)
     try:
-        return to_scores(reward(samples, prompts), len(samples))
-    except (torch.OutOfMemoryError, MemoryError, ScorerError):
+        return to_scores(ask(samples, prompts), len(samples))
+    except (ScorerError, EndpointError):
         raise
     except BadScoreError as error:
         where = _span(labels) if error.index is None else labels[error.index]
         raise InputError(f"reward {reward.name} {error.problem} for {where}") from error
     except Exception as error:
-        where = _first_failing(reward, samples, prompts, labels)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if _is_out_of_memory(error):
+            raise
+        where = _first_failing(ask, samples, prompts, labels)
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        reason = f"{kind}{error}".splitlines()[0]
         raise InputError(f"reward {reward.name} failed for {where}: {reason}") from error
 
 
+class BatchedReward:
+    """A reward asked for at most `batch_size` samples at a time, or for fewer where memory ends.
+
+    Attributes:
+        reward: what scores.
+        batch_size: samples at a time; None for all of a call at once. Halved, with a warning,
+            whenever the reward runs out of memory, and kept for what follows.
+    """
+
+    def __init__(self, reward: Reward | TextReward, batch_size: int | None = None) -> None:
+        """Wrap a reward."""
+        self.reward, self.batch_size = reward, batch_size
+
+    def __call__(
+        self,
+        samples: Tensor | Sequence[Response],
+        prompts: Sequence[str],
+        names: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Score samples; returns (B,). Gradients pass through; what they need is not halved.
+
+        Raises:
+            InputError: as `score_samples`, or if memory ends at a single sample.
+        """
+        labels = _labels(samples, names)
+        if not len(samples) == len(prompts) == len(labels):
+            return score_samples(self.reward, samples, prompts, labels)  # says what is wrong
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(samples):
+            stop = min(start + (self.batch_size or len(samples)), len(samples))
+            rows = slice(start, stop)
+            part = self._attempt(samples[rows], prompts[rows], labels[rows])
+            if part is None:
+                _free_memory()  # here, where the exception no longer holds what it had reached
+                self._halve(stop - start, labels[start])
+                continue
+            parts.append(part)
+            start = stop
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _attempt(
+        self, samples: Tensor | Sequence[Response], prompts: Sequence[str], labels: list[str]
+    ) -> Tensor | None:
+        try:
+            return score_samples(self.reward, samples, prompts, labels)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            return None
+
+    def _halve(self, count: int, first: str) -> None:
+        name = self.reward.name
+        if count == 1:
+            raise InputError(
+                f"reward {name} runs out of memory on {first} alone: use a smaller image, a lower "
+                "precision, or a reward served from another machine (docs/external_rewards.md)"
+            )
+        self.batch_size = count // 2
+        logger.warning(
+            "reward %s: out of memory with %d samples at a time; going on with %d",
+            *(name, count, self.batch_size),
+        )
+
+
 def score_in_batches(
-    reward: Reward,
-    samples: Tensor,
+    reward: Reward | TextReward,
+    samples: Tensor | Sequence[Response],
     prompts: Sequence[str],
     *,
     names: Sequence[str] | None = None,
@@ -106,23 +186,50 @@ def score_in_batches(
 ) -> Tensor:
     """Score many samples without gradients, `batch_size` at a time, with a bar.
 
+    Where memory runs out, the batch is halved and a warning says so.
+
     Returns:
         Scores (B,), float64 on CPU.
 
     Raises:
-        InputError: as `score_samples`.
+        InputError: as `BatchedReward`.
     """
-    labels = list(names) if names is not None else [f"sample {i}" for i in range(len(samples))]
+    labels = _labels(samples, names)
     if not len(samples) == len(prompts) == len(labels):
         raise InputError(f"{len(samples)} samples but {len(prompts)} prompts, {len(labels)} names")
+    batched = BatchedReward(reward, batch_size)
     parts = [torch.zeros(0, dtype=torch.float64)]
+    start = 0
     with torch.no_grad(), tqdm(total=len(samples), desc=f"score {reward.name}") as bar:
-        for start in range(0, len(samples), batch_size):
-            rows = slice(start, start + batch_size)
-            scores = score_samples(reward, samples[rows], prompts[rows], labels[rows])
+        while start < len(samples):
+            rows = slice(start, start + (batched.batch_size or batch_size))
+            scores = batched(samples[rows], prompts[rows], labels[rows])
             parts.append(scores.to("cpu", torch.float64))
+            start += len(scores)
             bar.update(len(scores))
     return torch.cat(parts)
+
+
+def _labels(samples: Tensor | Sequence[Response], names: Sequence[str] | None) -> list[str]:
+    return list(names) if names is not None else [f"sample {i}" for i in range(len(samples))]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell the errors of all allocators, some of which have no class of their own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return bool(should_reduce_batch_size(error))
+
+
+def _free_memory() -> None:
+    """Give back what the failed attempt held."""
+    from accelerate.utils.memory import clear_device_cache
+
+    clear_device_cache(garbage_collection=True)
 
 
 def _from_sequence(values: object, count: int) -> Tensor:
@@ -147,7 +254,10 @@ def _from_sequence(values: object, count: int) -> Tensor:
 
 
 def _first_failing(
-    reward: Reward, samples: Tensor, prompts: Sequence[str], labels: list[str]
+    reward: Callable[..., object],
+    samples: Tensor | Sequence[Response],
+    prompts: Sequence[str],
+    labels: list[str],
 ) -> str:
     """Score one by one: a batch that failed does not say which sample it was."""
     for index, label in enumerate(labels):

@@ -13,9 +13,9 @@ samples in its first half. Nothing here imports torch at run time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,6 +90,21 @@ class Question(NamedTuple):
 
     prompt: str
     images: tuple[Image.Image | ImageRef, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """An answer to a question about images, as rewards of modality `text` take it.
+
+    Attributes:
+        text: the answer.
+        images: what was asked about, in order; there may be none.
+        fields: what else is known of it, such as `image_id`, `label` or `captions`.
+    """
+
+    text: str
+    images: tuple[Image.Image | ImageRef, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LogRatios(NamedTuple):
@@ -349,4 +364,20 @@ class Reward(Protocol):
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score each sample for its prompt."""
+        ...
+
+
+class TextReward(Protocol):
+    """Scores answers, as `Reward` scores images; `modality` is `text`.
+
+    `prompts` are the questions. Never differentiable: an answer is text.
+    """
+
+    name: str
+    modality: Modality
+    differentiable: bool
+    range: tuple[float, float]
+
+    def __call__(self, samples: Sequence[Response], prompts: Sequence[str]) -> Tensor:
+        """Score each answer to its question; returns (B,)."""
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from mmalign.diffusion import SamplerGrid
 from mmalign.objectives.d3po import d3po_loss
 from mmalign.pipelines._evaluation import check_judge, resolve_device
 from mmalign.pipelines._meter import Score
+from mmalign.pipelines._reported import RewardLog, with_watched
 from mmalign.pipelines._training import Job, Run, Step, batch_plan, prepare, train_and_compare
 from mmalign.randomness import Key, keyed_generator
 from mmalign.report import RunSummary
@@ -204,11 +205,14 @@ def train_online(
     started = time.monotonic()
     check_judge(config.rewards, config.evaluation)
     prompts = read_prompts(config.prompts, config.num_prompts)
-    reward = CombinedReward(load_rewards(config.rewards, resolve_device(config.device)))
-    if needs_gradient and not reward.differentiable:
-        names = [name for name, item in reward.rewards.items() if not item.differentiable]
-        why = f"{', '.join(names)} is not" if names else "a rank is not"
-        raise InputError(f"rewards: {method} needs differentiable rewards, and {why}")
+    loaded = load_rewards(config.rewards, resolve_device(config.device))
+    reward = CombinedReward(loaded, config.combine)
+    if needs_gradient:
+        _check_gradient(reward, method)
+    config = replace(config, evaluation=with_watched(config.evaluation, config.rewards))
+    log = RewardLog()
+    if len(reward.rewards) > 1:
+        reward.watch = log.add
 
     def set_up(adapter: ImageAdapter, accelerator: Accelerator) -> Job:
         grid = adapter.sampler_grid(config.sampling.num_inference_steps)
@@ -222,11 +226,27 @@ def train_online(
             negative=feed.negative,
             grid=grid,
         )
-        return Job(run=run, step=make_step(online), batches=feed.batches, backward=backward)
+        step = make_step(online)
+        if reward.watch is not None:
+            step = log.logged(step)
+        return Job(run=run, step=step, batches=feed.batches, backward=backward)
 
     return train_and_compare(
         config, method=method, families=families, set_up=set_up, started=started
     )
+
+
+def _check_gradient(reward: CombinedReward, method: str) -> None:
+    if not reward.differentiable:
+        trained = [n for n, config in reward.configs.items() if not config.eval_only]
+        names = [name for name in trained if not reward.rewards[name].differentiable]
+        why = f"{', '.join(names)} is not" if names else "a rank is not"
+        raise InputError(f"rewards: {method} needs differentiable rewards, and {why}")
+    if reward.compares:
+        raise InputError(
+            f"rewards: {method} follows the gradient of each sample by itself, so nothing that "
+            "compares samples fits: use combine sum and normalize none, and scale by weight"
+        )
 
 
 class _PromptFeed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +15,8 @@ from tqdm.auto import tqdm
 from mmalign.data.files import read_jsonl, writing
 from mmalign.data.images import decode, hash_image, to_tensor
 from mmalign.data.schema import BadRow, RowError, content_hash
+from mmalign.pipelines._cached import CachedReward
 from mmalign.pipelines._candidates import MAX_PIXELS, Candidate, Group
-from mmalign.scoring import score_samples
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ class Scored(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """Rewards by key, loaded when first needed, and how many images each takes at a time."""
+    """Rewards by key, loaded when first needed, and how many images each takes at a time.
+
+    `cache` is a folder of scores that other runs share.
+    """
 
     configs: Mapping[str, RewardConfig]
     load: Callable[[], Mapping[str, Reward]]
     device: str
+    cache: str | None = None
 
 
 class ScoreLog:
@@ -104,14 +109,21 @@ def score_groups(
         InputError: naming the image, for a score that is not a finite number, or an image that
             cannot be read under `stop`.
     """
-    rewards: Mapping[str, Reward] | None = None
-    for group in tqdm(groups, desc="score candidates", unit="prompt"):
-        hashes = [_hash(candidate, on_bad_row) for candidate in group]
-        if all(_is_done(log, *each, scorer) for each in zip(group, hashes, strict=True)):
-            continue
-        if rewards is None:
-            rewards = scorer.load()
-        log.append(_score_group(group, hashes, rewards, scorer, on_bad_row))
+    rewards: dict[str, CachedReward] = {}
+    try:
+        for group in tqdm(groups, desc="score candidates", unit="prompt"):
+            hashes = [_hash(candidate, on_bad_row) for candidate in group]
+            if all(_is_done(log, *each, scorer) for each in zip(group, hashes, strict=True)):
+                continue
+            if not rewards:
+                rewards = {
+                    key: CachedReward(reward, scorer.configs[key], scorer.cache)
+                    for key, reward in scorer.load().items()
+                }
+            log.append(_score_group(group, hashes, rewards, scorer.device, on_bad_row))
+    finally:
+        for reward in rewards.values():
+            reward.save()
 
 
 def bad_images(groups: Sequence[Group], log: ScoreLog) -> list[BadRow]:
@@ -134,8 +146,8 @@ def _is_done(log: ScoreLog, candidate: Candidate, image_hash: str, scorer: Score
 def _score_group(
     group: Group,
     hashes: Sequence[str],
-    rewards: Mapping[str, Reward],
-    scorer: Scorer,
+    rewards: Mapping[str, CachedReward],
+    device: str,
     on_bad_row: OnBadRow,
 ) -> dict[str, Scored]:
     entries: dict[str, Scored] = {}
@@ -148,10 +160,7 @@ def _score_group(
             if on_bad_row == "stop":
                 raise InputError(f"{candidate.path}: {error}") from error
             entries[candidate.name] = Scored(image_hash, {}, str(error))
-    scores = {
-        key: _score(reward, images, scorer.configs[key].batch_size, scorer.device)
-        for key, reward in rewards.items()
-    }
+    scores = {key: _score(reward, images, device) for key, reward in rewards.items()}
     for index, (candidate, image_hash, _) in enumerate(images):
         values = {key: column[index] for key, column in scores.items()}
         entries[candidate.name] = Scored(image_hash, values)
@@ -159,23 +168,16 @@ def _score_group(
 
 
 def _score(
-    reward: Reward, images: Sequence[tuple[Candidate, str, Tensor]], size: int, device: str
+    reward: CachedReward, images: Sequence[tuple[Candidate, str, Tensor]], device: str
 ) -> list[float]:
-    """Score in batches of neighbors of the same shape."""
+    """Score neighbors of the same shape together."""
     scores: list[float] = []
-    start = 0
-    while start < len(images):
-        shape = images[start][2].shape
-        stop = start + 1
-        while stop < min(start + size, len(images)) and images[stop][2].shape == shape:
-            stop += 1
-        batch = images[start:stop]
+    for _, same in groupby(images, key=lambda each: each[2].shape):
+        batch = list(same)
         samples = torch.stack([image for _, _, image in batch]).to(device)
         prompts = [candidate.prompt for candidate, _, _ in batch]
         names = [str(candidate.path) for candidate, _, _ in batch]
-        with torch.no_grad():
-            scores += score_samples(reward, samples, prompts, names).tolist()
-        start = stop
+        scores += reward(samples, prompts, names)
     return scores
 
 

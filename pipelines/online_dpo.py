@@ -24,6 +24,7 @@ from mmalign.config import (
 from mmalign.lora import WEIGHTS_NAME
 from mmalign.pipelines import diffusion_dpo
 from mmalign.pipelines._evaluation import check_judge
+from mmalign.pipelines._reported import with_watched
 from mmalign.pipelines.pairs_build import build_pairs
 from mmalign.randomness import derive_seed
 from mmalign.types import InputError
@@ -37,6 +38,8 @@ def run(config: OnlineDpoConfig) -> None:
     """
     started = time.monotonic()
     check_judge(config.candidates.rewards, config.evaluation)
+    watched = with_watched(config.evaluation, config.candidates.rewards)
+    config = replace(config, evaluation=watched)
     if not config.lora.enabled:
         raise InputError("lora.enabled: rounds pass a LoRA on, so full fine-tuning has none")
     if config.adapter is not None:

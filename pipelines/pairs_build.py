@@ -9,6 +9,7 @@ number of processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,13 +34,14 @@ from mmalign.pipelines._candidates import (
     sample_missing,
 )
 from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._response_pairs import build_response_pairs
 from mmalign.pipelines._scores import ScoreLog, Scorer, bad_images, reward_key, score_groups
 from mmalign.rewards import load_reward
 from mmalign.rewards.combine import combine_scores
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
-    from mmalign.config import PairsBuildConfig
+    from mmalign.config import Combination, PairsBuildConfig
     from mmalign.types import ImageAdapter, Reward
 
 
@@ -54,8 +56,11 @@ def run(config: PairsBuildConfig) -> None:
     """Build pairs and say how many.
 
     Raises:
-        InputError: as `build_pairs`.
+        InputError: as `build_pairs`, or with answers as `build_response_pairs`.
     """
+    if config.responses is not None:
+        build_response_pairs(config)
+        return
     table = build_pairs(config)
     for bad in table.bad_rows:
         tqdm.write(f"skipped {bad}")
@@ -130,13 +135,16 @@ def _scorer(config: PairsBuildConfig, reward: Reward | None, device: str) -> Sco
     if reward is not None:
         given = {reward.name: reward}
         return Scorer({reward.name: RewardConfig(name=reward.name)}, lambda: given, device)
-    configs = {reward_key(c): c for c in config.rewards if not c.eval_only}
-    if not configs:
+    configs = {reward_key(c): c for c in config.rewards}
+    if all(c.eval_only for c in config.rewards):
         raise InputError("rewards is empty: at least one reward must rank the candidates")
-    if len(configs) < sum(not c.eval_only for c in config.rewards):
+    if len(configs) < len(config.rewards):
         raise InputError("rewards has the same reward with the same options twice")
     return Scorer(
-        configs, lambda: {key: load_reward(c, device) for key, c in configs.items()}, device
+        configs,
+        lambda: {key: load_reward(c, device) for key, c in configs.items()},
+        device,
+        config.cache,
     )
 
 
@@ -156,8 +164,8 @@ def _write_pairs(
     candidates = [candidate for group in usable for candidate in group]
     if not candidates:
         raise InputError("none of the candidates can be read")
-    totals = _totals(candidates, log, scorer)
-    selected = _select(usable, totals, log, config)
+    totals = _totals(candidates, log, scorer, config.combine)
+    selected = _select(usable, totals, log, scorer, config)
     if not selected.rows:
         raise InputError(
             f"no pairs: no prompt has two candidates whose scores differ by more than min_gap "
@@ -175,12 +183,15 @@ def _write_pairs(
     return selected
 
 
-def _totals(candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer) -> dict[str, float]:
+def _totals(
+    candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer, combine: Combination
+) -> dict[str, float]:
     raw = {
         key: torch.tensor([log.known[c.name].scores[key] for c in candidates], dtype=torch.float64)
         for key in scorer.configs
     }
-    combined = combine_scores(raw, scorer.configs, [c.prompt for c in candidates]).total
+    prompts = [candidate.prompt for candidate in candidates]
+    combined = combine_scores(raw, scorer.configs, prompts, combine).total
     return dict(zip((c.name for c in candidates), combined.tolist(), strict=True))
 
 
@@ -188,6 +199,7 @@ def _select(
     groups: Sequence[Group],
     totals: Mapping[str, float],
     log: ScoreLog,
+    scorer: Scorer,
     config: PairsBuildConfig,
 ) -> Selected:
     rows: list[dict[str, Any]] = []
@@ -196,7 +208,13 @@ def _select(
         # The same picture twice would make the same pair twice.
         distinct = list({log.known[c.name].image_hash: c for c in reversed(group)}.values())[::-1]
         scores = [totals[candidate.name] for candidate in distinct]
-        pairs = select_pairs(scores, rule=config.rule, min_gap=config.min_gap, top_k=config.top_k)
+        pairs = select_pairs(
+            scores,
+            rule=config.rule,
+            min_gap=config.min_gap,
+            top_k=config.top_k,
+            each=_each(distinct, log, scorer) if config.rule == "pareto" else (),
+        )
         without += not pairs
         for best, worst in pairs:
             rows.append(
@@ -210,6 +228,15 @@ def _select(
                 }
             )
     return Selected(rows, without)
+
+
+def _each(candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer) -> list[list[float]]:
+    """List the scores by each reward that takes part, turned so that higher is better."""
+    return [
+        [math.copysign(1, c.weight) * log.known[one.name].scores[key] for one in candidates]
+        for key, c in scorer.configs.items()
+        if not c.eval_only and c.weight
+    ]
 
 
 def _place(candidate: Candidate, log: ScoreLog, config: PairsBuildConfig) -> str:

@@ -1,10 +1,10 @@
-"""Score a folder of images with one or more rewards."""
+"""Score a folder of images, or a file of answers, with one or more rewards."""
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,13 +15,12 @@ import torch
 from tqdm.auto import tqdm
 
 from mmalign.config import RewardConfig
-from mmalign.data.files import atomic_path
+from mmalign.data.files import atomic_path, write_jsonl
 from mmalign.data.images import open_image
 from mmalign.data.listing import NamedImage, list_images
+from mmalign.pipelines._cached import cached_rewards, hits, saved
 from mmalign.pipelines._evaluation import resolve_device
-from mmalign.rewards import load_rewards
-from mmalign.rewards.combine import unique_names
-from mmalign.scoring import score_samples
+from mmalign.pipelines._responses import SCORES, read_responses, score_responses
 from mmalign.types import ImageRef, InputError
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ logger = logging.getLogger(__name__)
 def run(config: ScoreConfig) -> None:
     """Score every image and write `file_name`, `prompt` and one column per reward.
 
+    With `responses` answers are scored instead, by rewards of answers.
+
     Images are scored at their own size, so only neighbors of the same size share a batch.
 
     Raises:
@@ -40,24 +41,30 @@ def run(config: ScoreConfig) -> None:
             score.
     """
     configs = _reward_configs(config)
+    if config.responses is not None:
+        _score_responses(config, configs)
+        return
     rows = list_images(Path(config.images).expanduser(), Path(config.prompts).expanduser())
     device = resolve_device("auto")
-    loaded = load_rewards(configs, device)
-    rewards = dict(zip(unique_names(loaded), (reward for reward, _ in loaded), strict=True))
+    rewards = cached_rewards(configs, config.cache, device)
     kept: list[NamedImage] = []
     columns: dict[str, list[float]] = {name: [] for name in rewards}
-    with torch.no_grad(), tqdm(total=len(rows), desc="score", unit="image") as bar:
+    with saved(rewards), tqdm(total=len(rows), desc="score", unit="image") as bar:
         for batch, images in _batches(rows, config, bar):
             prompts, names = [row.prompt for row in batch], [row.file_name for row in batch]
             for name, reward in rewards.items():
-                columns[name] += score_samples(reward, images.to(device), prompts, names).tolist()
+                columns[name] += reward(images.to(device), prompts, names)
             kept += batch
     if not kept:
         raise InputError(f"none of the {len(rows)} images in {config.images} can be read")
-    _write(Path(config.output).expanduser(), kept, columns)
+    texts = {
+        "file_name": [row.file_name for row in kept],
+        "prompt": [row.prompt for row in kept],
+    }
+    _write(Path(config.output).expanduser(), {**texts, **columns})
     tqdm.write(summary_table(columns))
     skipped = len(rows) - len(kept)
-    tqdm.write(f"{len(kept)} images scored, {skipped} skipped: {config.output}")
+    tqdm.write(f"{len(kept)} images scored, {skipped} skipped{hits(rewards)}: {config.output}")
 
 
 def summary_table(columns: dict[str, list[float]]) -> str:
@@ -70,6 +77,42 @@ def summary_table(columns: dict[str, list[float]]) -> str:
         cells = [np.mean(values), low, *middle, high]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>11.4g}" for cell in cells))
     return "\n".join(lines)
+
+
+def _score_responses(config: ScoreConfig, configs: Sequence[RewardConfig]) -> None:
+    """Write the rows with their scores as JSON lines, or texts and scores as parquet."""
+    output = Path(config.output).expanduser()
+    answers = read_responses(
+        str(config.responses),
+        config.images or None,
+        on_bad_row=config.on_bad_row,
+        max_pixels=config.max_pixels,
+    )
+    rewards = cached_rewards(configs, config.cache, resolve_device("auto"), "text")
+    with saved(rewards):
+        columns = score_responses(answers.rows, rewards)
+    if output.suffix == ".jsonl":
+        scores = [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        ]
+        rows = zip(answers.rows, scores, strict=True)
+        try:
+            write_jsonl(output, [{**answer.row, SCORES: score} for answer, score in rows])
+        except (TypeError, ValueError) as error:  # such as images inside a parquet file
+            raise InputError(
+                f"output: {config.responses} has what JSON cannot hold ({error}): give a .parquet"
+            ) from error
+    else:
+        texts = {
+            "prompt": [answer.prompt for answer in answers.rows],
+            "response": [answer.response.text for answer in answers.rows],
+        }
+        _write(output, {**texts, **columns})
+    tqdm.write(summary_table(columns))
+    tqdm.write(
+        f"{len(answers.rows)} answers scored, {len(answers.bad_rows)} skipped{hits(rewards)}: "
+        f"{config.output}"
+    )
 
 
 def _reward_configs(config: ScoreConfig) -> list[RewardConfig]:
@@ -113,13 +156,6 @@ def _read(row: NamedImage, max_pixels: int) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def _write(path: Path, rows: Sequence[NamedImage], columns: dict[str, list[float]]) -> None:
-    table = pa.table(
-        {
-            "file_name": [row.file_name for row in rows],
-            "prompt": [row.prompt for row in rows],
-            **columns,
-        }
-    )
+def _write(path: Path, columns: Mapping[str, Sequence[str] | Sequence[float]]) -> None:
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(pa.table(dict(columns)), temporary)

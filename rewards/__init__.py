@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmalign.config import RewardConfig
-    from mmalign.types import Reward
+    from mmalign.types import Modality, Reward
 
 ENTRY_POINT_GROUP = "mmalign.rewards"
+_SCORED = {"image": "images", "text": "answers", "audio": "sounds"}
 REWARDS = {
     "aesthetic": "mmalign.rewards.aesthetic:AestheticReward",
     "brightness": "mmalign.rewards.brightness:BrightnessReward",
     "callable": "mmalign.rewards.function:CallableReward",
+    "caption_evidence": "mmalign.rewards.caption_evidence:CaptionEvidenceReward",
+    "chair": "mmalign.rewards.chair:ChairReward",
     "clip": "mmalign.rewards.clip:ClipReward",
     "command": "mmalign.rewards.command:CommandReward",
     "geneval": "mmalign.rewards.geneval:GenevalReward",
@@ -39,6 +42,8 @@ REWARDS = {
     "http": "mmalign.rewards.http:HttpReward",
     "imagereward": "mmalign.rewards.imagereward:ImageRewardReward",
     "jpeg": "mmalign.rewards.jpeg:JpegReward",
+    "judge": "mmalign.rewards.judge:JudgeReward",
+    "length": "mmalign.rewards.length:LengthReward",
     "lpips": "mmalign.rewards.lpips:LpipsReward",
     "mps": "mmalign.rewards.mps:MpsReward",
     "people": "mmalign.rewards.people:PeopleReward",
@@ -47,10 +52,13 @@ REWARDS = {
     "saturation": "mmalign.rewards.saturation:SaturationReward",
     "similarity": "mmalign.rewards.similarity:SimilarityReward",
     "vqascore": "mmalign.rewards.vqascore:VqaScoreReward",
+    "yes_no": "mmalign.rewards.yes_no:YesNoReward",
 }
 
 
-def load_reward(config: RewardConfig, device: str = "cpu") -> Reward:
+def load_reward(
+    config: RewardConfig, device: str = "cpu", modality: Modality | None = "image"
+) -> Reward:
     """Make the reward that `config` names.
 
     A class is called with `config.options`, and with `device` if it has such a parameter. An object
@@ -60,11 +68,23 @@ def load_reward(config: RewardConfig, device: str = "cpu") -> Reward:
     Args:
         config: name and options; weight and normalization are for `CombinedReward`.
         device: torch device of the reward's networks.
+        modality: what will be scored; plain functions are taken to score just that. None for
+            whatever the reward scores.
 
     Raises:
         InputError: for an unknown name, a path that cannot be imported, options that the reward
-            does not take, or a class that is not a reward.
+            does not take, a class that is not a reward, or one that scores something else.
     """
+    reward = _load(config, device, modality or "image")
+    if modality is not None and reward.modality != modality:
+        raise InputError(
+            f"reward {config.name!r} scores {_SCORED.get(reward.modality, reward.modality)}, "
+            f"not {_SCORED[modality]}"
+        )
+    return reward
+
+
+def _load(config: RewardConfig, device: str, modality: Modality) -> Reward:
     from mmalign.types import Reward
 
     target = _find(config.name)
@@ -82,14 +102,14 @@ def load_reward(config: RewardConfig, device: str = "cpu") -> Reward:
         raise InputError(f"reward {config.name!r} is a {type(target).__name__}, not a callable")
     from mmalign.rewards.function import CallableReward
 
-    return CallableReward(partial(target, **config.options), name=config.name)
+    return CallableReward(partial(target, **config.options), name=config.name, modality=modality)
 
 
 def load_rewards(
-    configs: Sequence[RewardConfig], device: str = "cpu"
+    configs: Sequence[RewardConfig], device: str = "cpu", modality: Modality = "image"
 ) -> list[tuple[Reward, RewardConfig]]:
     """Load several rewards, each beside its configuration, for `CombinedReward` and evaluation."""
-    return [(load_reward(config, device), config) for config in configs]
+    return [(load_reward(config, device, modality), config) for config in configs]
 
 
 def import_dotted(path: str) -> object:

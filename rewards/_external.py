@@ -1,9 +1,15 @@
 """What rewards outside this process are asked, and what they may answer.
 
-One JSON object each way; images are PNG files in base64, and there is one reward per image:
+One JSON object each way; images are PNG files in base64, and there is one reward per sample:
 
     {"prompts": ["a cat", ...], "images": ["iVBORw0...", ...]}
     {"rewards": [0.5, ...]}
+
+For answers, `prompts` are the questions, `images` lists those of each question, and `responses` has
+the answers, with whatever else is known of them in `fields`:
+
+    {"prompts": [...], "responses": ["A cat.", ...], "images": [["iVBORw0..."], ...],
+     "fields": [{"image_id": 42}, ...]}
 
 A reply is a stranger's: it is bounded in size, read as JSON and nothing else, and checked entry by
 entry. `{"error": "why"}` instead of rewards shows its text to the user.
@@ -12,19 +18,25 @@ entry. `{"error": "why"}` instead of rewards shows its text to the user.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmalign.data.images import encode_png
+from mmalign.data.images import encode_png, read_image_bytes
 from mmalign.endpoint import excerpt
 from mmalign.scoring import BadScoreError, ScorerError
-from mmalign.types import InputError, Modality
+from mmalign.types import ImageRef, InputError, Modality
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mmalign.types import Response
 
 UNBOUNDED = (float("-inf"), float("inf"))
 
@@ -34,41 +46,60 @@ class ExternalReward(ABC):
 
     Attributes:
         name: name in reports and messages.
+        modality: `image`, or `text` for answers.
         range: smallest and largest score, as the user states it.
         timeout: seconds that one batch may take.
     """
 
-    modality: Modality = "image"
     differentiable = False
 
     def __init__(
-        self, name: str, *, timeout: float, batch_size: int, range: Sequence[float]
+        self,
+        name: str,
+        *,
+        timeout: float,
+        batch_size: int,
+        range: Sequence[float],
+        modality: Modality = "image",
     ) -> None:
         """Check the options that every such reward has.
 
         Raises:
-            InputError: for a time-out or batch size that is not positive, or no range.
+            InputError: for a time-out or batch size that is not positive, no range, or a modality
+                that has no protocol.
         """
+        if modality not in ("image", "text"):
+            raise InputError(f"reward {name}: modality must be image or text, not {modality!r}")
         if not timeout > 0 or batch_size < 1:
             raise InputError(f"reward {name}: timeout and batch_size must be positive")
         if len(range) != 2 or not range[0] < range[1]:
             raise InputError(f"reward {name}: range must be the smallest and the largest score")
         self.name, self.timeout, self.batch_size = name, float(timeout), batch_size
+        self.modality: Modality = modality
         self.range = (float(range[0]), float(range[1]))
 
-    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images (B, 3, H, W) in [0, 1]; returns (B,) float32 on the images' device.
+    def __call__(self, samples: Tensor | Sequence[Response], prompts: Sequence[str]) -> Tensor:
+        """Score images (B, 3, H, W) in [0, 1], or answers; returns (B,) float32.
 
         Raises:
             ScorerError: there is no usable reply.
             BadScoreError: the reply has a wrong number of rewards, or one that is not a number.
         """
-        scores: list[float] = []
-        for start in range(0, len(samples), self.batch_size):
+
+        def score(start: int) -> list[float]:
             rows = slice(start, start + self.batch_size)
-            request = _request(samples[rows], prompts[rows])
-            scores += self._rewards(self._ask(request), start, len(samples[rows]))
-        return torch.tensor(scores, dtype=torch.float32, device=samples.device)
+            request = _request(samples[rows], prompts[rows], start)
+            return self._rewards(self._ask(request), start, len(samples[rows]))
+
+        parts = self._each(score, range(0, len(samples), self.batch_size))
+        scores = torch.tensor([value for part in parts for value in part], dtype=torch.float32)
+        return scores.to(samples.device) if isinstance(samples, Tensor) else scores
+
+    def _each(
+        self, score: Callable[[int], list[float]], starts: Sequence[int]
+    ) -> list[list[float]]:
+        """Score the batches that begin at `starts`, in order, one after the other."""
+        return [score(start) for start in starts]
 
     @abstractmethod
     def _ask(self, request: bytes) -> bytes:
@@ -105,12 +136,34 @@ class ExternalReward(ABC):
         return content
 
 
-def _request(samples: Tensor, prompts: Sequence[str]) -> bytes:
-    images = [
-        base64.b64encode(encode_png(image, f"sample {index}")).decode("ascii")
-        for index, image in enumerate(samples)
-    ]
-    return json.dumps({"prompts": list(prompts), "images": images}).encode("ascii") + b"\n"
+def _request(samples: Tensor | Sequence[Response], prompts: Sequence[str], start: int) -> bytes:
+    """Write a request; images are named in messages by their number from `start`."""
+    request: dict[str, Any] = {"prompts": list(prompts)}
+    if isinstance(samples, Tensor):
+        request["images"] = [
+            _base64(encode_png(image, f"sample {index}"))
+            for index, image in enumerate(samples, start)
+        ]
+    else:
+        request["responses"] = [sample.text for sample in samples]
+        request["images"] = [[_base64(_file(i)) for i in sample.images] for sample in samples]
+        request["fields"] = [dict(sample.fields) for sample in samples]
+    try:
+        return json.dumps(request).encode("ascii") + b"\n"
+    except TypeError as error:  # a row of a parquet file may hold what JSON cannot
+        raise InputError(f"sample {start} and following: {error}") from error
+
+
+def _file(image: Image.Image | ImageRef) -> bytes:
+    if isinstance(image, ImageRef):
+        return read_image_bytes(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def _is_finite(value: float) -> bool:

@@ -1,15 +1,15 @@
-"""Several rewards as one: normalize each, weight, sum."""
+"""Several rewards as one: normalize each, weight, sum, and with GDPO normalize the sum."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmalign.config import RewardConfig
-from mmalign.scoring import score_samples
+from mmalign.config import Combination, RewardConfig
+from mmalign.scoring import BatchedReward, score_samples
 from mmalign.types import InputError, Modality, Reward
 
 Normalization = Literal["none", "zscore", "prompt_zscore", "prompt_rank"]
@@ -27,40 +27,65 @@ class RewardDetails(NamedTuple):
     normalized: dict[str, Tensor]
 
 
+Watch = Callable[[Mapping[str, Tensor]], None]
+"""Told the raw scores (B,) of every reward, those that are `eval_only` included."""
+_OF_EACH: Mapping[Combination, Normalization] = {
+    "zscore": "prompt_zscore",
+    "rank": "prompt_rank",
+    "gdpo": "prompt_zscore",
+}
+
+
 class CombinedReward:
-    """Weighted sum of rewards.
+    """Several rewards as one, over those that are not `eval_only`.
 
-        r = sum_k weight_k * normalize_k(r_k)
+    `combine` says how:
 
-    over the rewards that are not `eval_only`. Normalizations other than `none` are taken over the
-    samples of one call, so score everything that is to be compared in one call, or score in parts
-    and use `combine_scores` on the whole.
+    - `sum`: r = sum_k weight_k * normalize_k(r_k), each reward by its own `normalize`;
+    - `zscore`: the same with every reward as its z-score among the samples of its prompt;
+    - `rank`: the mean, by weight, of the ranks among the samples of its prompt, 0 to 1;
+    - `gdpo`: `zscore`, then the z-score of the sum over all samples of the call (GDPO, Liu et al.
+      2026, arXiv 2601.05242, section 3). Deviations are the population's, without the paper's
+      epsilon; where all scores are equal the result is 0.
+
+    Whatever compares samples does so within one call, so score everything that is to be compared in
+    one call, or score in parts and use `combine_scores` on the whole.
+
+    Attributes:
+        watch: told the raw scores of each call; only then rewards that are `eval_only` run at all.
     """
 
     name = "combined"
     modality: Modality = "image"
 
-    def __init__(self, rewards: Sequence[tuple[Reward, RewardConfig]]) -> None:
+    def __init__(
+        self, rewards: Sequence[tuple[Reward, RewardConfig]], combine: Combination = "sum"
+    ) -> None:
         """Combine rewards with their configurations.
 
         Raises:
-            InputError: if every reward is `eval_only`, or a normalization is unknown.
+            InputError: if every reward is `eval_only`, or a normalization is unknown or is given
+                where `combine` decides it.
         """
         self.configs = dict(zip(unique_names(rewards), (c for _, c in rewards), strict=True))
         self.rewards = dict(zip(self.configs, (r for r, _ in rewards), strict=True))
+        self.combine = combine
+        self.watch: Watch | None = None
         training = [(r, c) for r, c in rewards if not c.eval_only]
         if not training:
             raise InputError("no reward to train on: every reward is eval_only")
-        self.differentiable = all(
-            reward.differentiable and config.normalize != "prompt_rank"
-            for reward, config in training
+        how = [normalization_of(config, combine) for _, config in training]
+        self.compares = any(one != "none" for one in how) or combine == "gdpo"
+        self.differentiable = "prompt_rank" not in how and all(
+            reward.differentiable for reward, _ in training
         )
-        self.range = _range(training)
+        self.range = _range(training, combine)
+        self._batched = {name: BatchedReward(reward) for name, reward in self.rewards.items()}
 
     def __call__(
         self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
     ) -> Tensor:
-        """Score samples; returns the weighted sum (B,). Rewards that are `eval_only` do not run.
+        """Score samples; returns the combination (B,). Rewards that are `eval_only` do not count.
 
         Args:
             samples: images (B, 3, H, W) in [0, 1].
@@ -74,7 +99,7 @@ class CombinedReward:
         raw = self._trained_on(samples, prompts, names)
         if samples.requires_grad and torch.is_grad_enabled():
             self._check_gradients(raw)
-        return combine_scores(raw, self.configs, prompts).total
+        return combine_scores(raw, self.configs, prompts, self.combine).total
 
     def each(
         self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
@@ -85,26 +110,10 @@ class CombinedReward:
             InputError: as `details`.
         """
         raw = self._trained_on(samples, prompts, names)
-        normalized = combine_scores(raw, self.configs, prompts).normalized
+        normalized = combine_scores(raw, self.configs, prompts, self.combine).normalized
         return torch.stack(
             [self.configs[name].weight * scores for name, scores in normalized.items()]
         )
-
-    def _trained_on(
-        self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None
-    ) -> dict[str, Tensor]:
-        return {
-            name: score_samples(reward, samples, prompts, names)
-            for name, reward in self.rewards.items()
-            if not self.configs[name].eval_only
-        }
-
-    def _check_gradients(self, raw: Mapping[str, Tensor]) -> None:
-        for name, scores in raw.items():
-            if self.rewards[name].differentiable and not scores.requires_grad:
-                raise InputError(
-                    f"reward {name} says that it is differentiable, but its scores have no gradient"
-                )
 
     def details(
         self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
@@ -119,35 +128,89 @@ class CombinedReward:
         Raises:
             InputError: naming reward and sample, for a score that is not a finite number.
         """
+        raw = {name: self._score(name, samples, prompts, names) for name in self.rewards}
+        return combine_scores(raw, self.configs, prompts, self.combine)
+
+    def _trained_on(
+        self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None
+    ) -> dict[str, Tensor]:
+        aside = {name for name, config in self.configs.items() if config.eval_only}
         raw = {
-            name: score_samples(reward, samples, prompts, names)
-            for name, reward in self.rewards.items()
+            name: self._score(name, samples, prompts, names)
+            for name in self.rewards
+            if name not in aside
         }
-        return combine_scores(raw, self.configs, prompts)
+        if self.watch is not None:
+            with torch.no_grad():
+                seen = {n: self._score(n, samples.detach(), prompts, names) for n in sorted(aside)}
+            self.watch({**{name: scores.detach() for name, scores in raw.items()}, **seen})
+        return raw
+
+    def _score(
+        self, name: str, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None
+    ) -> Tensor:
+        """Score at once where gradients are wanted, which need all memory at the end anyway."""
+        if samples.requires_grad and torch.is_grad_enabled():
+            return score_samples(self.rewards[name], samples, prompts, names)
+        return self._batched[name](samples, prompts, names)
+
+    def _check_gradients(self, raw: Mapping[str, Tensor]) -> None:
+        for name, scores in raw.items():
+            if self.rewards[name].differentiable and not scores.requires_grad:
+                raise InputError(
+                    f"reward {name} says that it is differentiable, but its scores have no gradient"
+                )
 
 
 def combine_scores(
-    raw: Mapping[str, Tensor], configs: Mapping[str, RewardConfig], prompts: Sequence[str]
+    raw: Mapping[str, Tensor],
+    configs: Mapping[str, RewardConfig],
+    prompts: Sequence[str],
+    combine: Combination = "sum",
 ) -> RewardDetails:
-    """Normalize, weight and sum scores that are known already.
+    """Combine scores that are known already.
 
     Args:
         raw: scores (B,) per reward.
         configs: weight and normalization per reward, same names.
         prompts: one per sample.
+        combine: how, as in `CombinedReward`.
 
     Raises:
         InputError: if no reward is left to sum.
     """
     normalized = {
-        name: normalize_scores(scores, prompts, configs[name].normalize)
+        name: normalize_scores(scores, prompts, normalization_of(configs[name], combine))
         for name, scores in raw.items()
         if not configs[name].eval_only
     }
     if not normalized:
         raise InputError("no reward to train on: every reward is eval_only")
     parts = [configs[name].weight * scores for name, scores in normalized.items()]
-    return RewardDetails(torch.stack(parts).sum(0), dict(raw), normalized)
+    total = torch.stack(parts).sum(0)
+    if combine == "rank":
+        total = total / _total_weight([configs[name] for name in normalized])
+    elif combine == "gdpo":
+        total = normalize_scores(total, prompts, "zscore")
+    return RewardDetails(total, dict(raw), normalized)
+
+
+def normalization_of(config: RewardConfig, combine: Combination) -> Normalization:
+    """Say how a reward is normalized under a combination.
+
+    Raises:
+        InputError: the reward asks for a normalization and the combination brings its own.
+    """
+    if combine == "sum":
+        return config.normalize
+    if combine not in _OF_EACH:
+        raise InputError(f"unknown combination {combine!r}: use sum, zscore, rank or gdpo")
+    if config.normalize != "none":
+        raise InputError(
+            f"reward {config.name}: normalize {config.normalize} is for combine sum; "
+            f"combine {combine} normalizes every reward itself"
+        )
+    return _OF_EACH[combine]
 
 
 def normalize_scores(scores: Tensor, groups: Sequence[str], how: Normalization) -> Tensor:
@@ -214,14 +277,27 @@ def _rank(scores: Tensor) -> Tensor:
     return ((below + equal / 2) / (len(scores) - 1)).to(scores.dtype)
 
 
-def _range(training: Sequence[tuple[Reward, RewardConfig]]) -> tuple[float, float]:
+def _total_weight(configs: Sequence[RewardConfig]) -> float:
+    total = sum(abs(config.weight) for config in configs)
+    if not total:
+        raise InputError("rewards: every weight is 0")
+    return total
+
+
+def _range(
+    training: Sequence[tuple[Reward, RewardConfig]], combine: Combination
+) -> tuple[float, float]:
     low, high = 0.0, 0.0
     for reward, config in training:
-        if config.normalize == "none":
+        how = normalization_of(config, combine)
+        if how == "none":
             ends = [config.weight * end if config.weight else 0.0 for end in reward.range]
-        elif config.normalize == "prompt_rank":
+        elif how == "prompt_rank":
             ends = [0.0, config.weight]
         else:
             ends = [float("-inf"), float("inf")]
         low, high = low + min(ends), high + max(ends)
+    if combine == "rank":
+        scale = _total_weight([config for _, config in training])
+        return low / scale, high / scale
     return low, high

@@ -18,7 +18,7 @@ from typing import IO
 
 from mmalign.endpoint import MAX_REPLY_BYTES
 from mmalign.rewards._external import UNBOUNDED, ExternalReward
-from mmalign.types import InputError
+from mmalign.types import InputError, Modality
 
 GRACE = 2.0
 """Seconds that a program has to leave after its input has ended."""
@@ -45,6 +45,7 @@ class CommandReward(ExternalReward):
         timeout: float = 120.0,
         batch_size: int = 16,
         range: Sequence[float] = UNBOUNDED,
+        modality: Modality = "image",
     ) -> None:
         """Start the program.
 
@@ -54,11 +55,14 @@ class CommandReward(ExternalReward):
             timeout: seconds that one request may take; the first includes the program's start.
             batch_size: images per request.
             range: smallest and largest score.
+            modality: `image`, or `text` to score answers.
 
         Raises:
             InputError: the program cannot be started, or an option is out of range.
         """
-        super().__init__(name, timeout=timeout, batch_size=batch_size, range=range)
+        super().__init__(
+            name, timeout=timeout, batch_size=batch_size, range=range, modality=modality
+        )
         if isinstance(command, str) or not command:
             raise InputError(
                 f"reward {name}: command must be a list, such as [python3, scorer.py];"

@@ -19,14 +19,13 @@ class CallableReward:
     one returns a tensor that is connected to `images`.
     """
 
-    modality: Modality = "image"
-
     def __init__(
         self,
         function: str | Callable[..., Any],
         name: str | None = None,
         differentiable: bool = False,
         range: tuple[float, float] = (float("-inf"), float("inf")),
+        modality: Modality = "image",
     ) -> None:
         """Wrap a function.
 
@@ -35,6 +34,7 @@ class CallableReward:
             name: name in reports; the function's own when omitted.
             differentiable: whether gradients reach the images.
             range: smallest and largest score.
+            modality: `image`, or `text` for `fn(responses, prompts)`, or `audio`.
 
         Raises:
             InputError: if the path cannot be imported or is not callable.
@@ -44,7 +44,7 @@ class CallableReward:
             raise InputError(f"reward {function!r} is a {type(found).__name__}, not a callable")
         self.function: Callable[..., Any] = found
         self.name = name or str(getattr(found, "__name__", type(found).__name__))
-        self.differentiable = differentiable
+        self.differentiable, self.modality = differentiable, modality
         self.range = (float(range[0]), float(range[1]))
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -53,4 +53,5 @@ class CallableReward:
         Raises:
             InputError: if the function returns None, NaN, infinity or a wrong number of scores.
         """
-        return to_scores(self.function(samples, prompts), len(samples)).to(samples.device)
+        scores = to_scores(self.function(samples, prompts), len(samples))
+        return scores.to(samples.device) if isinstance(samples, Tensor) else scores

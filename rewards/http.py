@@ -2,46 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-from mmalign.endpoint import EndpointError, JsonClient
+from mmalign.endpoint import EndpointError, JsonClient, bearer
 from mmalign.rewards._external import UNBOUNDED, ExternalReward
 from mmalign.scoring import ScorerError
+from mmalign.types import InputError, Modality
+
+PATIENCE = 600.0
+"""Seconds that a server which says it is busy is waited for."""
 
 
+@dataclass(eq=False)
 class HttpReward(ExternalReward):
     """Posts prompts and images as JSON to a URL and reads rewards, as `_external` describes.
 
-    Not differentiable; the range is what the user states, unbounded otherwise. Connection errors,
-    time-outs and answers of 500 and above are tried again, with growing pauses; everything else is
-    an error at once. Redirects are not followed. The environment's proxies are used, except for
-    addresses of this machine.
+    Not differentiable, whatever computes the scores. Connection errors, time-outs and answers of
+    500 and above are tried again, with growing pauses; a server that says with 429 or 503 when to
+    come back is asked then, for up to ten minutes; everything else is an error at once. Redirects
+    are not followed. The environment's proxies are used, except for addresses of this machine.
+
+    Attributes:
+        url: `http://` or `https://` address that takes the POST; nothing is sent before it is used.
+        name: name in reports.
+        timeout: seconds that one attempt may take, reply included.
+        retries: attempts after the first.
+        batch_size: samples per request.
+        range: smallest and largest score, as the user states them; unbounded otherwise.
+        concurrency: requests under way at a time.
+        token_env: environment variable with the secret that the server asks for.
+        modality: `image`, or `text` to score answers.
+        revision: names what scores behind the URL; only with it are scores kept in a cache.
+
+    Raises:
+        InputError: for another kind of address, an option out of range, or an environment variable
+            without a secret.
     """
 
-    def __init__(
-        self,
-        url: str,
-        name: str = "http",
-        timeout: float = 60.0,
-        retries: int = 3,
-        batch_size: int = 16,
-        range: Sequence[float] = UNBOUNDED,
-    ) -> None:
-        """Check the address; nothing is sent yet.
+    url: str
+    name: str = "http"
+    timeout: float = 60.0
+    retries: int = 3
+    batch_size: int = 16
+    range: tuple[float, float] = UNBOUNDED
+    concurrency: int = 4
+    token_env: str | None = None
+    modality: Modality = "image"
+    revision: str | None = None
 
-        Args:
-            url: `http://` or `https://` address that takes the POST.
-            name: name in reports.
-            timeout: seconds that one attempt may take, reply included.
-            retries: attempts after the first.
-            batch_size: images per request.
-            range: smallest and largest score.
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__init__(
+            self.name,
+            timeout=self.timeout,
+            batch_size=self.batch_size,
+            range=self.range,
+            modality=self.modality,
+        )
+        label = f"reward {self.name}"
+        if self.concurrency < 1:
+            raise InputError(f"{label}: concurrency must be at least 1, got {self.concurrency}")
+        self._client = JsonClient(
+            self.url,
+            label=label,
+            timeout=self.timeout,
+            retries=self.retries,
+            headers=bearer(self.token_env, f"{label}: token_env"),
+            patience=PATIENCE,
+        )
 
-        Raises:
-            InputError: for another kind of address, or an option out of range.
-        """
-        super().__init__(name, timeout=timeout, batch_size=batch_size, range=range)
-        self._client = JsonClient(url, label=f"reward {name}", timeout=timeout, retries=retries)
+    @property
+    def fingerprint(self) -> str | None:
+        """What a cache of scores takes the server for."""
+        return self.revision
+
+    def _each(
+        self, score: Callable[[int], list[float]], starts: Sequence[int]
+    ) -> list[list[float]]:
+        """Score several batches at a time; the first failure ends what has not begun."""
+        if len(starts) < 2 or self.concurrency == 1:
+            return super()._each(score, starts)
+        with ThreadPoolExecutor(min(self.concurrency, len(starts))) as pool:
+            futures = [pool.submit(score, start) for start in starts]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _ask(self, request: bytes) -> bytes:
         """Post until there is an answer or no attempt left."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.scoring import score_in_batches, score_samples, to_scores
-from mmalign.types import InputError
+from mmalign.scoring import BatchedReward, score_in_batches, score_samples, to_scores
+from mmalign.types import InputError, Response
 
 NAMES = ["a.png", "b.png", "c.png"]
 IMAGES = torch.zeros(3, 3, 2, 2)
@@ -111,3 +112,67 @@ def test_gradients_survive_the_check() -> None:
     images = torch.rand(2, 3, 2, 2, requires_grad=True)
     assert to_scores(images.mean((1, 2, 3)), 2).requires_grad
     assert to_scores(list(images.mean((1, 2, 3))), 2).requires_grad
+
+
+def out_of_memory(kind: str) -> Exception:
+    """The errors that allocators raise: torch's class, Python's, and those without a class."""
+    return {
+        "torch": torch.OutOfMemoryError("CUDA out of memory."),
+        "python": MemoryError(),
+        "cpu": RuntimeError(
+            "[enforce fail at alloc.cpp] DefaultCPUAllocator: can't allocate memory"
+        ),
+        "mps": RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["torch", "python", "cpu", "mps"])
+def test_out_of_memory_halves_the_batch_and_says_so(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = []
+
+    def hungry(samples: Tensor, prompts: Any) -> Tensor:
+        sizes.append(len(samples))
+        if len(samples) > 3:
+            raise out_of_memory(kind)
+        return samples.mean((1, 2, 3))
+
+    images = torch.rand(9, 3, 2, 2)
+    reward: Any = FakeReward(hungry)
+    with caplog.at_level(logging.WARNING):
+        scores = score_in_batches(reward, images, [""] * 9, batch_size=8)
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
+    torch.testing.assert_close(scores, images.mean((1, 2, 3)).double())
+    assert [record.getMessage() for record in caplog.records] == [
+        "reward fake: out of memory with 8 samples at a time; going on with 4",
+        "reward fake: out of memory with 4 samples at a time; going on with 2",
+    ]
+
+
+def test_a_sample_too_large_by_itself_is_named() -> None:
+    def hungry(samples: Tensor, prompts: Any) -> Tensor:
+        raise out_of_memory("torch")
+
+    reward: Any = FakeReward(hungry)
+    with pytest.raises(InputError, match=r"fake runs out of memory on a\.png alone"):
+        BatchedReward(reward)(IMAGES, [""] * 3, NAMES)
+
+
+def test_other_errors_do_not_halve() -> None:
+    sizes = []
+
+    def broken(samples: Tensor, prompts: Any) -> Tensor:
+        sizes.append(len(samples))
+        raise RuntimeError("shapes do not match")
+
+    reward: Any = FakeReward(broken)
+    with pytest.raises(InputError, match=r"failed for a\.png: RuntimeError: shapes"):
+        BatchedReward(reward, 2)(IMAGES, [""] * 3, NAMES)
+    assert sizes == [2, 1]  # the batch, then the first sample by itself
+
+
+def test_answers_are_scored_like_images() -> None:
+    reward: Any = FakeReward(lambda samples, prompts: [float(len(s.text)) for s in samples])
+    answers = [Response(text="a" * length) for length in (1, 2, 3)]
+    assert score_in_batches(reward, answers, [""] * 3, batch_size=2).tolist() == [1.0, 2.0, 3.0]

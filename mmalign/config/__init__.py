@@ -40,6 +40,7 @@ from mmalign.config.jobs import (
     QuickstartImageConfig,
     QuickstartVlmConfig,
     ScoreConfig,
+    ServeRewardConfig,
     ShapesPicturesConfig,
 )
 from mmalign.config.offline import (
@@ -64,6 +65,7 @@ from mmalign.config.parts import (
     ATTENTION_TARGETS,
     EVALUATION_SEED,
     CandidatesConfig,
+    Combination,
     CurriculumConfig,
     EvalConfig,
     Family,
@@ -111,6 +113,7 @@ __all__ = [
     "BudgetUnit",
     "CandidatesConfig",
     "CaptionBenchmarkConfig",
+    "Combination",
     "CompareConfig",
     "ConsistencyDpoConfig",
     "CurriculumConfig",
@@ -159,6 +162,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "ServeRewardConfig",
     "ShapesPicturesConfig",
     "SimilarityConfig",
     "Strict",

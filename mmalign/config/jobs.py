@@ -20,15 +20,22 @@ class PairsBuildConfig(ModelConfig, CandidatesConfig):
 
     Attributes:
         images: folder of existing candidates instead of sampling from `model`; `prompts` then
-            names which image belongs to which prompt.
-        output: folder that receives candidates, scores and `metadata.jsonl`.
+            names which image belongs to which prompt. With `responses`, the folder that names of
+            images are relative to.
+        responses: file of answers to questions about images (.jsonl, .json or .parquet, as `score`
+            writes it), to be paired instead of images; rewards then are those of answers.
+        output: folder that receives candidates, scores and `metadata.jsonl`; with `responses`,
+            `pairs.jsonl` and images.
+        cache: folder of scores by image and prompt, shared with other runs and with `score`.
         num_shards: processes that share the work.
         shard: index of this process.
         on_bad_row: policy for unreadable images.
     """
 
     images: str | None = None
+    responses: str | None = None
     output: str = "pairs"
+    cache: str | None = None
     num_shards: int = 1
     shard: int = 0
     on_bad_row: OnBadRow = "stop"
@@ -102,15 +109,20 @@ class PairsLabelConfig:
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    """Score a folder of images.
+    """Score a folder of images, or a file of answers about images.
 
     Attributes:
         reward: reward names, repeated for several.
-        images: folder of images.
+        images: folder of images; with `responses`, the one that names of images are relative to,
+            the folder of the file when omitted.
         prompts: prompt file: one line per image in sorted order, or .jsonl with `file_name`,
             `prompt`.
-        output: parquet file.
-        batch_size: images scored at a time.
+        responses: file of answers to score instead of images: .jsonl, .json or .parquet with
+            `prompt`, `response` and `image`.
+        output: parquet file; with `responses` also .jsonl, which keeps the rows as they are and
+            adds `scores`.
+        cache: folder of scores by sample, shared with other runs and with `pairs build`.
+        batch_size: samples scored at a time; halved where memory ends.
         options: keyword arguments per reward name.
         on_bad_row: policy for unreadable images.
         max_pixels: images with more pixels are refused before they are decoded.
@@ -119,10 +131,44 @@ class ScoreConfig:
     reward: list[str] = field(default_factory=lambda: ["clip"])
     images: str = ""
     prompts: str = ""
+    responses: str | None = None
     output: str = "scores.parquet"
+    cache: str | None = None
     batch_size: int = 32
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     on_bad_row: OnBadRow = "stop"
+    max_pixels: int = 50_000_000
+
+
+@dataclass(kw_only=True)
+class ServeRewardConfig:
+    """Serve a reward to other machines, which ask it by the reward `http`.
+
+    Attributes:
+        reward: name of a reward, which may stand alone right after the command, or a dotted path.
+        options: keyword arguments of the reward's class.
+        device: torch device; `auto` takes the accelerator when there is one.
+        host: address to listen on; on any but this machine's own the server needs a token.
+        port: port to listen on; 0 takes a free one.
+        token: secret that clients must show; off the loopback one is made when omitted.
+        batch_size: samples scored at a time, of several requests where they wait; halved where
+            memory ends.
+        queue: requests held at a time; what comes beyond is asked to come back later.
+        max_samples: samples per request.
+        max_body_mib: largest request in MiB.
+        max_pixels: images with more pixels are refused before they are decoded.
+    """
+
+    reward: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8766
+    token: str | None = None
+    batch_size: int = 32
+    queue: int = 64
+    max_samples: int = 256
+    max_body_mib: int = 64
     max_pixels: int = 50_000_000
 
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mmalign.config.offline import CurriculumDpoConfig
-from mmalign.config.parts import CandidatesConfig, PreferenceConfig, RewardConfig, RunConfig
+from mmalign.config.parts import (
+    CandidatesConfig,
+    Combination,
+    PreferenceConfig,
+    RewardConfig,
+    RunConfig,
+)
 
 
 @dataclass(kw_only=True)
@@ -19,13 +25,16 @@ class OnlineConfig(RunConfig):
     Attributes:
         prompts: file with one prompt per line (or .jsonl with `prompt`).
         num_prompts: use only the first so many prompts.
-        rewards: rewards to train on, weighted and summed.
+        rewards: rewards to train on; those that are `eval_only` are logged beside them.
+        combine: how several become one: `sum` of weighted scores, each by its own `normalize`, or
+            `zscore`, `rank` or `gdpo` among the samples of a prompt.
         eta: stochasticity of DDIM while training, 0 to 1; evaluation takes `sampling.eta`.
     """
 
     prompts: str = ""
     num_prompts: int | None = None
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    combine: Combination = "sum"
     eta: float = 1.0
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 OnBadRow = Literal["stop", "skip"]
-PairRule = Literal["best_worst", "all_pairs", "top_k"]
+PairRule = Literal["best_worst", "all_pairs", "top_k", "pareto"]
+Combination = Literal["sum", "zscore", "rank", "gdpo"]
 Family = Literal["auto", "sd", "sdxl", "lcm"]
 LossType = Literal[
     "sigmoid",
@@ -126,7 +127,7 @@ class RewardConfig:
         weight: multiplier in the weighted sum.
         normalize: what is done to the raw scores first: nothing, z-score over the scored set,
             z-score per prompt, or rank per prompt scaled to [0, 1].
-        eval_only: report this reward but never train on it.
+        eval_only: log and report this reward, but never train on it nor choose pairs by it.
         batch_size: images scored at a time.
         options: keyword arguments of the reward's class.
     """
@@ -170,8 +171,13 @@ class CandidatesConfig:
         prompts: prompt file.
         num_prompts: use only the first so many prompts.
         candidates_per_prompt: N.
-        rewards: rewards that rank the candidates.
-        rule: `best_worst`, `all_pairs` with a gap over `min_gap`, or `top_k` ranks.
+        rewards: rewards that rank the candidates; those that are `eval_only` are only written
+            down.
+        combine: how several rewards become one score: `sum` of weighted scores, each by its own
+            `normalize`; or per prompt their z-scores summed (`zscore`), their ranks averaged
+            (`rank`), or GDPO (`gdpo`: z-scores per prompt summed, then normalized over everything).
+        rule: `best_worst`, `all_pairs` with a gap over `min_gap`, `top_k` ranks, or `pareto`: every
+            two of which one is at least as good in each reward and better in one.
         min_gap: smallest score gap of a pair.
         top_k: ranks that are paired with each other under `top_k`.
         sampling: how candidates are sampled.
@@ -181,6 +187,7 @@ class CandidatesConfig:
     num_prompts: int | None = None
     candidates_per_prompt: int = 8
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    combine: Combination = "sum"
     rule: PairRule = "best_worst"
     min_gap: float = 0.0
     top_k: int = 4

@@ -11,13 +11,19 @@ from mmalign.types import InputError
 
 
 def select_pairs(
-    scores: Sequence[float], *, rule: PairRule, min_gap: float = 0.0, top_k: int = 4
+    scores: Sequence[float],
+    *,
+    rule: PairRule,
+    min_gap: float = 0.0,
+    top_k: int = 4,
+    each: Sequence[Sequence[float]] = (),
 ) -> list[tuple[int, int]]:
     """Choose which candidates to pair, by their scores.
 
     - `best_worst`: the best with the worst;
     - `all_pairs`: every two;
-    - `top_k`: every two of the `top_k` best.
+    - `top_k`: every two of the `top_k` best;
+    - `pareto`: every two of which one is at least as good by each reward and better by one.
 
     A pair must have a gap of more than `min_gap`, so candidates that tie are never paired. Equal
     scores are ordered by index.
@@ -27,6 +33,7 @@ def select_pairs(
         rule: which pairs are considered.
         min_gap: gaps up to this are dropped, not negative.
         top_k: ranks considered by `top_k`, at least 2.
+        each: for `pareto`, each reward's scores of the candidates, higher is better.
 
     Returns:
         Indices (chosen, rejected), from the highest rank of the chosen one down.
@@ -48,6 +55,13 @@ def select_pairs(
         considered = list(combinations(ranking, 2))
     elif rule == "top_k":
         considered = list(combinations(ranking[:top_k], 2))
+    elif rule == "pareto":
+        considered = [pair for pair in combinations(ranking, 2) if _dominates(*pair, each)]
     else:
-        raise InputError(f"unknown rule {rule!r}: use best_worst, all_pairs or top_k")
+        raise InputError(f"unknown rule {rule!r}: use best_worst, all_pairs, top_k or pareto")
     return [(best, worst) for best, worst in considered if scores[best] - scores[worst] > min_gap]
+
+
+def _dominates(best: int, worst: int, each: Sequence[Sequence[float]]) -> bool:
+    gaps = [scores[best] - scores[worst] for scores in each]
+    return bool(gaps) and min(gaps) >= 0 and max(gaps) > 0

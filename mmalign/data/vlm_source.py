@@ -73,7 +73,7 @@ class VlmFiles:
             InputError: if a file cannot be read.
         """
         for number, file in enumerate(self.files):
-            for row, where, record in _records(file):
+            for row, where, record in file_rows(file):
                 yield self._row(Place(number, row), where, record)
 
     def images(self, key: object) -> tuple[ImageRef, ...]:
@@ -212,14 +212,18 @@ def _in_folder(folder: Path) -> list[Path]:
 def _layout(file: Path) -> Layout | None:
     """Recognise the layout by the first readable row."""
     in_parquet = file.suffix.lower() == ".parquet"
-    for _, _, record in itertools.islice(_records(file), 16):
+    for _, _, record in itertools.islice(file_rows(file), 16):
         if not isinstance(record, RowError):
             return layout_of(record, text_only=not in_parquet)
     return None
 
 
-def _records(file: Path) -> Iterator[tuple[int, str, Mapping[str, Any] | RowError]]:
-    """Read rows with their number from 0 and their name."""
+def file_rows(file: Path) -> Iterator[tuple[int, str, Mapping[str, Any] | RowError]]:
+    """Read the rows of a .parquet, .jsonl or .json file, with their number from 0 and their name.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         try:

@@ -58,3 +58,29 @@ def test_options_out_of_range() -> None:
         select_pairs(SCORES, rule="top_k", top_k=1)
     with pytest.raises(InputError, match="unknown rule"):
         select_pairs(SCORES, rule="best")  # type: ignore[arg-type]
+
+
+def test_pareto_pairs_agree_in_every_reward() -> None:
+    """0 beats 1 in both and 2 in one with a tie; 1 and 2 disagree."""
+    each = [[3.0, 1.0, 3.0], [5.0, 4.0, 2.0]]
+    totals = [sum(column) for column in zip(*each, strict=True)]
+    assert select_pairs(totals, rule="pareto", each=each) == [(0, 1), (0, 2)]
+    assert select_pairs(totals, rule="pareto", each=each, min_gap=3.0) == []
+
+
+def test_pareto_leaves_out_what_is_equal_in_all() -> None:
+    assert select_pairs([1.0, 1.0], rule="pareto", each=[[1.0, 1.0], [2.0, 2.0]]) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=7))
+def test_pareto_pairs_are_exactly_the_dominating_ones(points: list[tuple[int, int]]) -> None:
+    each = [[float(value) for value in column] for column in zip(*points, strict=True)]
+    totals = [float(sum(point)) for point in points]
+    found = set(select_pairs(totals, rule="pareto", each=each))
+    expected = {
+        (i, j)
+        for i, one in enumerate(points)
+        for j, two in enumerate(points)
+        if one != two and one[0] >= two[0] and one[1] >= two[1]
+    }
+    assert found == expected

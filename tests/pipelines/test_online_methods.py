@@ -269,3 +269,46 @@ def test_bridged_gradient_is_the_whole_gradient(tiny_sd: Path, decode_batch_size
     assert_close(values[0], values[1])
     assert gradients[1].abs().max() > 0
     assert_close(gradients[0], gradients[1])
+
+
+def darkness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return 1 - images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("method", ["d3po", "draft"])
+def test_eval_only_rewards_are_logged_and_reported_but_train_nothing(
+    method: str, tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    brightness = RewardConfig(name="brightness")
+    watched = RewardConfig(name=f"{__name__}:darkness", weight=50.0, eval_only=True)
+    evaluation = EvalConfig(prompts=str(prompts), images_per_prompt=1, every_steps=2)
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    train(method, tiny_sd, prompts, alone, rewards=[brightness])
+    lines = train(
+        method, tiny_sd, prompts, both, rewards=[brightness, watched], evaluation=evaluation
+    )
+    for name, value in weights(alone).items():
+        assert torch.equal(value, weights(both)[name])
+    for line in lines:
+        total = line["reward/brightness"] + line[f"reward/{watched.name}"]
+        assert total == pytest.approx(1.0, abs=1e-5)
+    summary = json.loads((both / "summary.json").read_text())
+    assert watched.name in summary["before"]
+    curve = [json.loads(line) for line in (both / "evaluations.jsonl").read_text().splitlines()]
+    assert all(watched.name in line for line in curve)
+    assert watched.name in (both / "report.html").read_text()
+
+
+@pytest.mark.parametrize("more", [{"combine": "gdpo"}, {"combine": "zscore"}])
+def test_gradients_want_no_comparison_of_samples(
+    more: dict[str, Any], tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="draft follows the gradient of each sample by itself"):
+        train("draft", tiny_sd, prompts, tmp_path, **more)
+
+
+def test_d3po_on_gdpo(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    rewards = [RewardConfig(name="brightness"), RewardConfig(name="saturation", weight=0.5)]
+    lines = train("d3po", tiny_sd, prompts, tmp_path, rewards=rewards, combine="gdpo")
+    assert [line["ties"] for line in lines] == [0, 0, 0]
+    assert all(abs(line["reward"]) < 1e-5 for line in lines)

@@ -294,7 +294,7 @@ def test_rewards_of_the_configuration(
         RewardConfig(name="judge", eval_only=True),
     ]
     build_pairs(config, adapter=FakeSampler())  # type: ignore[arg-type]
-    assert loaded == ["bright", "dark"]
+    assert loaded == ["bright", "dark", "judge"]
     row = metadata(config)[0]
     chosen, rejected = (
         Image.open(Path(config.output) / row[key]).getpixel((0, 0))[0]  # type: ignore[index]
@@ -304,7 +304,7 @@ def test_rewards_of_the_configuration(
     assert row["score_chosen"] == pytest.approx(chosen / 255 * (1 - 3), abs=1e-5)
     config.rewards[1].weight = 0.5  # other weights need no new scores
     build_pairs(config, adapter=FakeSampler())  # type: ignore[arg-type]
-    assert loaded == ["bright", "dark"]
+    assert loaded == ["bright", "dark", "judge"]
     assert metadata(config)[0][CHOSEN_FILE] == row[REJECTED_FILE]
     config.rewards = config.rewards[2:]
     with pytest.raises(InputError, match="rewards is empty"):
@@ -434,3 +434,98 @@ def test_disk_full(config: PairsBuildConfig, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
     assert len(build(config).pairs) == 5
     shutil.rmtree(Path(config.output) / _candidates.FOLDER)
+
+
+def by_hand(images: Tensor, prompts: Sequence[str], channel: int = 0) -> Tensor:
+    """Score by one channel of the first pixel."""
+    return images[:, channel, 0, 0]
+
+
+def channel(number: int, **more: Any) -> RewardConfig:
+    return RewardConfig(name=f"{__name__}:by_hand", options={"channel": number}, **more)
+
+
+@pytest.fixture
+def colors(config: PairsBuildConfig, tmp_path: Path) -> PairsBuildConfig:
+    """Three pictures of one prompt whose red, green and blue disagree."""
+    rows = {"a": (200, 50, 0), "b": (100, 50, 255), "c": (150, 20, 100)}
+    for name, color in rows.items():
+        Image.new("RGB", (6, 6), color).save(tmp_path / f"{name}.png")
+    table = [json.dumps({"file_name": f"{name}.png", "prompt": "p"}) for name in rows]
+    (tmp_path / "table.jsonl").write_text("\n".join(table))
+    config.images, config.prompts = str(tmp_path), str(tmp_path / "table.jsonl")
+    return config
+
+
+def chosen(config: PairsBuildConfig) -> set[tuple[str, str]]:
+    """Name the pairs by the red of their sides."""
+    names = {200: "a", 100: "b", 150: "c"}
+    found = set()
+    for row in metadata(config):
+        sides = [Image.open(Path(config.output) / row[key]) for key in (CHOSEN_FILE, REJECTED_FILE)]
+        found.add(tuple(names[int(side.convert("RGB").getpixel((0, 0))[0])] for side in sides))
+    return found
+
+
+def test_pareto_pairs(colors: PairsBuildConfig) -> None:
+    colors.rewards, colors.rule = [channel(0), channel(1)], "pareto"
+    build_pairs(colors)
+    assert chosen(colors) == {("a", "b"), ("a", "c")}
+
+
+def test_pareto_turns_rewards_of_negative_weight(colors: PairsBuildConfig) -> None:
+    colors.rewards, colors.rule = [channel(0), channel(1, weight=-1.0)], "pareto"
+    build_pairs(colors)
+    assert chosen(colors) == {("a", "b"), ("c", "b")}
+
+
+def test_eval_only_rewards_are_written_down_but_choose_nothing(colors: PairsBuildConfig) -> None:
+    colors.rewards = [channel(0), channel(2, eval_only=True, weight=100.0)]
+    build_pairs(colors)
+    assert chosen(colors) == {("a", "b")}
+    lines = (Path(colors.output) / "scores.jsonl").read_text().splitlines()
+    scores = {row["file_name"]: row for row in map(json.loads, lines)}
+    (blue,) = [
+        key for key in scores["b.png"] if key.startswith(__name__) and scores["b.png"][key] == 1.0
+    ]
+    assert scores["b.png"]["score"] == pytest.approx(100 / 255)
+    assert scores["a.png"][blue] == 0.0
+    (Path(colors.output) / "metadata.jsonl").unlink()
+    colors.rule = "pareto"
+    build_pairs(colors)
+    assert chosen(colors) == {("a", "b"), ("a", "c"), ("c", "b")}
+
+
+def test_only_eval_only_rewards_rank_nothing(colors: PairsBuildConfig) -> None:
+    colors.rewards = [channel(0, eval_only=True)]
+    with pytest.raises(InputError, match="at least one reward must rank"):
+        build_pairs(colors)
+
+
+def test_gdpo_ranks_within_prompts_and_spreads_over_all(colors: PairsBuildConfig) -> None:
+    colors.rewards, colors.combine = [channel(0), channel(2, weight=0.1)], "gdpo"
+    build_pairs(colors)
+    lines = (Path(colors.output) / "scores.jsonl").read_text().splitlines()
+    scores = torch.tensor([json.loads(line)["score"] for line in lines])
+    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-6)
+    assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-6)
+
+
+counted: list[int] = []
+
+
+def count(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    counted.append(len(images))
+    return images.mean((1, 2, 3))
+
+
+def test_scores_are_shared_with_other_runs(config: PairsBuildConfig, tmp_path: Path) -> None:
+    counted.clear()
+    config.rewards, config.cache = [RewardConfig(name=f"{__name__}:count")], str(tmp_path / "cache")
+    build_pairs(config, adapter=FakeSampler())  # type: ignore[arg-type]
+    assert sum(counted) == 15
+    before = (Path(config.output) / "metadata.jsonl").read_bytes()
+    config.output = str(tmp_path / "again")
+    build_pairs(config, adapter=FakeSampler())  # type: ignore[arg-type]
+    assert sum(counted) == 15
+    assert (Path(config.output) / "metadata.jsonl").read_bytes() == before

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from mmalign.config import ScoreConfig
@@ -177,3 +179,54 @@ def test_output_that_cannot_be_written(folder: Path) -> None:
     (folder / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         run(config(folder, output=str(folder / "file" / "scores.parquet")))
+
+
+calls: list[int] = []
+
+
+def counted(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    calls.append(len(images))
+    return images.mean((1, 2, 3))
+
+
+def test_cache_scores_each_picture_once(folder: Path, capfd: Any) -> None:
+    calls.clear()
+    options = {"reward": [f"{__name__}:counted"], "cache": str(folder / "cache"), "batch_size": 1}
+    run(config(folder, **options))
+    first = table(folder)
+    assert calls == [1, 1, 1]
+    run(config(folder, **options))
+    assert (table(folder), len(calls)) == (first, 3)
+    assert "3 images scored, 0 skipped, 3 scores from the cache" in "".join(capfd.readouterr())
+    Image.new("RGB", (8, 6), (9, 9, 9)).save(folder / "images" / "2.png")
+    (folder / "prompts.txt").write_text("black\nanother\nwhite\n", encoding="utf-8")
+    run(config(folder, **options))
+    assert len(calls) == 5
+
+
+def test_what_was_scored_before_a_fault_is_kept(folder: Path) -> None:
+    calls.clear()
+    (folder / "images" / "2.png").write_bytes(b"not an image")
+    options = {"reward": [f"{__name__}:counted"], "cache": str(folder / "cache"), "batch_size": 1}
+    with pytest.raises(InputError, match=r"2\.png"):
+        run(config(folder, **options))
+    done = len(calls)
+    assert done >= 1
+    run(config(folder, **options, on_bad_row="skip"))
+    assert len(calls) == 2
+
+
+def test_out_of_memory_halves_the_batch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hungry(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setattr(sys.modules[__name__], "counted", hungry)
+    Image.new("RGB", (8, 6), (51, 51, 51)).save(folder / "images" / "1.png")
+    with caplog.at_level(logging.WARNING):
+        run(config(folder, reward=[f"{__name__}:counted"]))
+    assert table(folder)[f"{__name__}:counted"] == pytest.approx([0.0, 0.2, 1.0], abs=1e-6)
+    assert "out of memory with 3 samples at a time; going on with 1" in caplog.text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,106 @@ def test_bad_score_names_reward_and_sample() -> None:
     combined = CombinedReward([(reward(broken, "mine"), RewardConfig())])
     with pytest.raises(InputError, match=r"reward mine returned nan for b\.png"):
         combined.details(torch.zeros(2, 3, 1, 1), ["", ""], ["a.png", "b.png"])
+
+
+TWO = {"x": torch.tensor([1.0, 3.0, 1.0, 3.0]), "y": torch.tensor([10.0, 10.0, 40.0, 0.0])}
+
+
+def configs(**more: Any) -> dict[str, RewardConfig]:
+    return {"x": RewardConfig(weight=1.0, **more), "y": RewardConfig(weight=2.0)}
+
+
+def test_zscore_combination_is_the_weighted_sum_of_scores_within_prompts() -> None:
+    total = combine_scores(TWO, configs(), PROMPTS, "zscore").total
+    assert total.tolist() == [-1.0, 1.0, -1.0 + 2.0, 1.0 - 2.0]
+
+
+def test_rank_combination_averages_ranks_by_weight() -> None:
+    total = combine_scores(TWO, configs(), PROMPTS, "rank").total
+    assert total.tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1 / 3])
+    combined = CombinedReward(
+        [(BrightnessReward(), RewardConfig(weight=3.0)), (SaturationReward(), RewardConfig())],
+        "rank",
+    )
+    assert combined.range == (0.0, 1.0)
+    assert not combined.differentiable
+
+
+def test_gdpo_normalizes_each_within_its_prompt_then_the_sum_over_the_batch() -> None:
+    """By hand: the sum of z-scores is [-1, 1, 1, -1], of mean 0 and deviation 1."""
+    details = combine_scores(TWO, configs(), PROMPTS, "gdpo")
+    assert details.normalized["x"].tolist() == [-1.0, 1.0, -1.0, 1.0]
+    assert details.normalized["y"].tolist() == [0.0, 0.0, 1.0, -1.0]
+    assert details.total.tolist() == pytest.approx([-1.0, 1.0, 1.0, -1.0])
+    # With another weight the sum has another spread, which the last step takes out.
+    uneven = {"x": RewardConfig(weight=1.0), "y": RewardConfig(weight=4.0)}
+    total = combine_scores(TWO, uneven, PROMPTS, "gdpo").total
+    torch.testing.assert_close(total, torch.tensor([-1.0, 1.0, 3.0, -3.0]) / math.sqrt(5))
+
+
+def test_gdpo_keeps_apart_what_the_normalized_sum_confuses() -> None:
+    """The paper's example: (0, 1) and (0, 2) of two binary rewards give GRPO the same advantages.
+
+    Prompt a has a sample that wins one reward, prompt b one that wins both.
+    """
+    raw = {"x": torch.tensor([0.0, 1.0, 0.0, 1.0]), "y": torch.tensor([0.0, 0.0, 0.0, 1.0])}
+    plain = {"x": RewardConfig(), "y": RewardConfig()}
+    grpo = normalize_scores(raw["x"] + raw["y"], PROMPTS, "prompt_zscore")
+    gdpo = combine_scores(raw, plain, PROMPTS, "gdpo").total
+    assert grpo[1] == grpo[3]
+    assert gdpo[3] == pytest.approx(2 * float(gdpo[1]))
+
+
+@pytest.mark.parametrize("combine", ["zscore", "rank", "gdpo"])
+def test_a_normalization_of_ones_own_is_for_sums(combine: Any) -> None:
+    with pytest.raises(InputError, match=f"combine {combine} normalizes every reward itself"):
+        combine_scores(TWO, configs(normalize="zscore"), PROMPTS, combine)
+
+
+def test_unknown_combination() -> None:
+    unknown: Any = "product"
+    with pytest.raises(InputError, match="unknown combination 'product'"):
+        combine_scores(TWO, configs(), PROMPTS, unknown)
+
+
+def test_rewards_to_watch_run_only_for_who_watches_and_change_nothing() -> None:
+    calls = []
+
+    def aside(images: Tensor, prompts: Any) -> list[float]:
+        calls.append(len(images))
+        assert not images.requires_grad
+        return [5.0] * len(images)
+
+    combined = CombinedReward(
+        [
+            (BrightnessReward(), RewardConfig()),
+            (reward(aside, "aside"), RewardConfig(eval_only=True)),
+        ]
+    )
+    images = torch.rand(4, 3, 2, 2, requires_grad=True)
+    before = combined(images, PROMPTS)
+    assert calls == []
+    seen: dict[str, Tensor] = {}
+    combined.watch = seen.update
+    after = combined(images, PROMPTS)
+    assert calls == [4]
+    assert torch.equal(before, after)
+    assert after.requires_grad
+    assert seen["aside"].tolist() == [5.0] * 4
+    torch.testing.assert_close(seen["brightness"], before.detach())
+
+
+def test_memory_that_ends_halves_the_batch_of_the_reward_it_ends_in() -> None:
+    sizes = []
+
+    def hungry(images: Tensor, prompts: Any) -> Tensor:
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise MemoryError
+        return images.mean((1, 2, 3))
+
+    combined = CombinedReward([(reward(hungry), RewardConfig())])
+    images = torch.rand(4, 3, 2, 2)
+    torch.testing.assert_close(combined(images, PROMPTS), images.mean((1, 2, 3)))
+    combined(images, PROMPTS)
+    assert sizes == [4, 2, 2, 2, 2]

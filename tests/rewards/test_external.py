@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from PIL import Image
 
 from mmalign import endpoint
 from mmalign.config import RewardConfig
-from mmalign.rewards import load_reward
+from mmalign.rewards import http, load_reward
 from mmalign.scoring import score_samples
-from mmalign.types import InputError
+from mmalign.types import InputError, Response
 
 IMAGES = torch.rand(3, 3, 5, 7, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a red", 'quote " and é', "line\nbreak"]
@@ -50,14 +50,25 @@ def count_pixels(request: dict[str, Any]) -> tuple[int, bytes]:
 
 
 @contextmanager
-def server(answer: Answer, headers: dict[str, str] | None = None) -> Iterator[Any]:
-    """Run a scorer in a thread; `calls` of what is yielded holds every request."""
+def server(
+    answer: Answer, headers: dict[str, str] | None = None, *, threads: bool = False
+) -> Iterator[Any]:
+    """Run a scorer in a thread; `calls` of what is yielded holds every request.
+
+    `under_way` counts the requests that wait for an answer, one at most without `threads`.
+    """
+    lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             running.calls.append(request)
+            running.headers.append(dict(self.headers))
+            with lock:
+                running.under_way += 1
             status, body = answer(request)
+            with lock:
+                running.under_way -= 1
             self.send_response(status)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
@@ -68,8 +79,10 @@ def server(answer: Answer, headers: dict[str, str] | None = None) -> Iterator[An
 
         def log_message(self, *_: object) -> None: ...
 
-    running: Any = HTTPServer(("127.0.0.1", 0), Handler)
-    running.calls, running.url = [], f"http://127.0.0.1:{running.server_address[1]}/score"
+    kind = ThreadingHTTPServer if threads else HTTPServer
+    running: Any = kind(("127.0.0.1", 0), Handler)
+    running.calls, running.headers, running.under_way = [], [], 0
+    running.url = f"http://127.0.0.1:{running.server_address[1]}/score"
     thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -182,6 +195,130 @@ def test_statuses_that_stay(status: int, attempts: int, message: str) -> None:
     assert len(running.calls) == attempts
 
 
+def test_what_a_refusal_says_is_shown() -> None:
+    said = json.dumps({"error": "sample 1: not an image\nof an allowed format"}).encode()
+    with (
+        server(lambda _: (422, said)) as running,
+        pytest.raises(InputError, match=r"answers 422 .*: sample 1: not an image of an allowed"),
+    ):
+        score_samples(over_http(running.url), IMAGES, PROMPTS)
+    assert len(running.calls) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_when_it_says_so(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than there are retries: it answers, only later."""
+    pauses: list[float] = []
+    monkeypatch.setattr(endpoint.time, "sleep", pauses.append)
+    answers = iter([status] * 6 + [200])
+    with server(lambda r: (next(answers), count_pixels(r)[1]), {"Retry-After": "7"}) as running:
+        assert len(score_samples(over_http(running.url, retries=1), IMAGES, PROMPTS)) == 3
+    assert pauses == [7.0] * 6
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setattr(http, "PATIENCE", 5.0)
+    headers = {"Retry-After": "999999999"}  # cut to half a minute, which is longer than that
+    with (
+        server(lambda _: (503, b'{"error": "full"}'), headers) as running,
+        pytest.raises(InputError, match=r"answers 503 .*: full \(2 attempts\)"),
+    ):
+        score_samples(over_http(running.url, retries=1), IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("value", ["Wed, 21 Oct 2026 07:28:00 GMT", "-5", "soon", ""])
+def test_nonsense_in_retry_after_is_an_ordinary_error(value: str) -> None:
+    with (
+        server(lambda _: (503, b""), {"Retry-After": value}) as running,
+        pytest.raises(InputError, match=r"answers 503 .*\(2 attempts\)"),
+    ):
+        score_samples(over_http(running.url, retries=1), IMAGES, PROMPTS)
+    assert len(running.calls) == 2
+
+
+def test_several_requests_are_under_way_and_keep_their_order() -> None:
+    late = threading.Event()
+    most = [0]
+
+    def answer(request: dict[str, Any]) -> tuple[int, bytes]:
+        most[0] = max(most[0], running.under_way)
+        if request["prompts"] == ["0"]:
+            late.wait(10)  # the first answer is the last to come
+        elif request["prompts"] == ["3"]:
+            late.set()
+        return 200, json.dumps({"rewards": [float(p) for p in request["prompts"]]}).encode()
+
+    prompts = [str(number) for number in range(6)]
+    images = IMAGES[:1].expand(6, -1, -1, -1)
+    with server(answer, threads=True) as running:
+        scores = score_samples(over_http(running.url, batch_size=1, concurrency=3), images, prompts)
+    assert scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert 1 < most[0] <= 3
+
+
+def test_a_bad_score_of_a_later_request_names_its_sample() -> None:
+    def answer(request: dict[str, Any]) -> tuple[int, bytes]:
+        bad = request["prompts"] == PROMPTS[2:]
+        return 200, json.dumps({"rewards": [None if bad else 1.0]}).encode()
+
+    with (
+        server(answer, threads=True) as running,
+        pytest.raises(InputError, match="http returned null for sample 2"),
+    ):
+        score_samples(over_http(running.url, batch_size=1), IMAGES, PROMPTS)
+
+
+def test_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCORER_TOKEN", "secret")
+    with server(count_pixels) as running:
+        score_samples(over_http(running.url, token_env="SCORER_TOKEN"), IMAGES, PROMPTS)
+    assert running.headers[0]["Authorization"] == "Bearer secret"
+    with pytest.raises(InputError, match=r"token_env: the environment variable NO_SUCH has no key"):
+        over_http(running.url, token_env="NO_SUCH")
+
+
+def answers() -> list[Response]:
+    red = Image.new("RGB", (5, 4), "red")
+    return [
+        Response(text="A cat.", images=(red, red), fields={"image_id": 7}),
+        Response(text="é", fields={"objects": ["cat"]}),
+    ]
+
+
+def check_answers_request(request: dict[str, Any]) -> None:
+    assert request["prompts"] == ["What?", "Why?"]
+    assert request["responses"] == ["A cat.", "é"]
+    assert request["fields"] == [{"image_id": 7}, {"objects": ["cat"]}]
+    assert [len(images) for images in request["images"]] == [2, 0]
+    picture = Image.open(BytesIO(base64.b64decode(request["images"][0][1])))
+    assert (picture.size, picture.getpixel((0, 0))) == ((5, 4), (255, 0, 0))
+
+
+def test_answers_go_over_http() -> None:
+    reply = json.dumps({"rewards": [0.5, 1.5]}).encode()
+    with server(lambda _: (200, reply)) as running:
+        reward = over_text(running.url)
+        assert score_samples(reward, answers(), ["What?", "Why?"]).tolist() == [0.5, 1.5]
+    check_answers_request(running.calls[0])
+
+
+def test_answers_go_to_a_command(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = PREAMBLE + f"    open({str(log)!r}, 'a').write(line)\n" + COUNT
+    config = {"command": [sys.executable, "-S", "-c", program], "modality": "text"}
+    reward = load_reward(RewardConfig(name="command", options=config), modality="text")
+    assert score_samples(reward, answers(), ["What?", "Why?"]).tolist() == [5.0, 4.0]
+    check_answers_request(json.loads(log.read_text()))
+
+
+def over_text(url: str) -> Any:
+    options = {"url": url, "modality": "text"}
+    return load_reward(RewardConfig(name="http", options=options), modality="text")
+
+
 def test_server_that_is_down() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -229,6 +366,8 @@ def test_server_that_drips() -> None:
         ({"url": "http://host/", "retries": -1}, "retries"),
         ({"url": "http://host/", "timeout": 0}, "timeout"),
         ({"url": "http://host/", "range": [1, 0]}, "range"),
+        ({"url": "http://host/", "concurrency": 0}, "concurrency"),
+        ({"url": "http://host/", "modality": "audio"}, "modality must be image or text"),
         ({"address": "http://host/"}, "it takes: url"),
     ],
 )
