@@ -141,15 +141,14 @@ def _single(name: str, values: list[str]) -> str:
 def _checked(name: str, value: str, hint: Any) -> str:
     """Refuse a plain word for a section of options, such as `--pairs pairs.jsonl`."""
     inner = _dataclass_in(hint)
-    is_section = inner is not None and typing.get_origin(hint) is not list
-    if is_section and not value.startswith("{") and not value.endswith((".yaml", ".yml")):
-        if value in ("null", "None"):
-            return value
-        first = next(iter(typing.get_type_hints(inner)))
-        raise InputError(
-            f"--{name}: is a section of options, not {value!r}: write --{name}.{first} and so on"
-        )
-    return value
+    if inner is None or typing.get_origin(hint) is list or value in ("null", "None"):
+        return value
+    if value.startswith("{") or value.endswith((".yaml", ".yml")):
+        return value
+    first = next(iter(typing.get_type_hints(inner)))
+    raise InputError(
+        f"--{name}: is a section of options, not {value!r}: write --{name}.{first} and so on"
+    )
 
 
 def _items(value: str) -> list[str]:
