@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,18 @@ def check_gradients(score: Callable[[torch.Tensor], torch.Tensor], *shape: int) 
     assert torch.autograd.gradcheck(score, (images,), fast_mode=True)
     (gradient,) = torch.autograd.grad(score(images).sum(), images)
     assert float(gradient.abs().max()) > 0
+
+
+def convolutions(builder: Callable[..., Any]) -> torch.nn.Sequential:
+    """The features of a classifier of torchvision, random, without its huge last layers."""
+    with torch.device("meta"):
+        features: torch.nn.Sequential = builder(weights=None).features
+    features = features.to_empty(device="cpu").eval()
+    torch.manual_seed(1)
+    for parameter in features.parameters():
+        scale = (2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.05
+        torch.nn.init.normal_(parameter, std=scale)
+    return features.requires_grad_(False)
 
 
 def save_clip(folder: Path, *, size: int = 32, processor: bool = True) -> Path:

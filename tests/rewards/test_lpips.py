@@ -12,7 +12,7 @@ from mmalign.rewards.lpips import LpipsReward
 from mmalign.scoring import ScorerError
 from mmalign.types import InputError, Reward
 
-from reward_zoo import check_gradients, eight_bit  # isort: skip
+from reward_zoo import check_gradients, convolutions, eight_bit  # isort: skip
 
 WIDTHS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
 BUILDERS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}
@@ -24,13 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lpips")
     generator = torch.Generator().manual_seed(0)
     for name, widths in WIDTHS.items():
-        torch.manual_seed(1)
-        with torch.device("meta"):
-            network = BUILDERS[name](weights=None).features
-        network = network.to_empty(device="cpu")
-        for parameter in network.parameters():
-            scale = (2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.05
-            torch.nn.init.normal_(parameter, std=scale)
+        network = convolutions(BUILDERS[name])
         state = {f"features.{key}": value for key, value in network.state_dict().items()}
         torch.save({**state, "classifier.6.bias": torch.zeros(3)}, folder / f"{name}_backbone.pth")
         linear = {
@@ -47,20 +41,18 @@ def load(folder: Path, network: Any = "alex", **options: Any) -> LpipsReward:
     )
 
 
-def authors_distance(folder: Path, network: str, one: Tensor, other: Tensor) -> float:
+def authors_distance(
+    folder: Path, network: str, layers: list[torch.nn.Module], one: Tensor, other: Tensor
+) -> float:
     """LPIPS 0.1 from its paper: unit features at the rectifier before each pooling, and the last.
 
     AlexNet has no pooling between its last three convolutions, and all of them count.
     """
-    state = torch.load(folder / f"{network}_backbone.pth", weights_only=True)
     linear = torch.load(folder / f"{network}.pth", weights_only=True)
-    model = BUILDERS[network](weights=None).features.eval()
-    model.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("features.")})
     shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
     scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
     x = torch.stack([(2 * image - 1 - shift) / scale for image in (one, other)])
     total, level = 0.0, 0
-    layers = list(model)
     for place, layer in enumerate(layers):
         x = layer(x.clone())
         following = layers[place + 1] if place + 1 < len(layers) else None
@@ -79,9 +71,10 @@ def test_equals_the_papers_definition(folder: Path, network: str) -> None:
     reward = load(folder, network)
     images = eight_bit(5, 3, 64, 72)
     prompts = ["a", "b", "a", "b", "a"]
+    layers = list(convolutions(BUILDERS[network]))
     with torch.no_grad():
         d = {
-            (i, j): authors_distance(folder, network, images[i], images[j])
+            (i, j): authors_distance(folder, network, layers, images[i], images[j])
             for i, j in ((0, 2), (0, 4), (2, 4), (1, 3))
         }
     expected = torch.tensor(

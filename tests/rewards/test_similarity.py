@@ -21,6 +21,7 @@ from reward_zoo import (  # isort: skip
     as_images,
     as_tensor,
     check_gradients,
+    convolutions,
     eight_bit,
     levels,
     photo,
@@ -67,13 +68,7 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with torch.device("meta"):
-        features = torchvision.models.vgg19(weights=None).features
-    features = features.to_empty(device="cpu")
-    torch.manual_seed(2)
-    for parameter in features.parameters():
-        scale = (2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.05
-        torch.nn.init.normal_(parameter, std=scale)
+    features = convolutions(torchvision.models.vgg19)
     path = tmp_path_factory.mktemp("vgg") / "vgg19.pth"
     torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, path)
     return path
@@ -137,9 +132,7 @@ def test_a_reference_is_most_like_itself(dino: Path, references: Path) -> None:
 def test_style_equals_gatys(vgg: Path, references: Path) -> None:
     reward = SimilarityReward(str(references), "style", str(vgg), size=40)
     images = eight_bit(2, 3, 40, 40)
-    features = torchvision.models.vgg19(weights=None).features.eval()
-    state = torch.load(vgg, weights_only=True)
-    features.load_state_dict({name[9:]: value for name, value in state.items()})
+    features = convolutions(torchvision.models.vgg19)
 
     def grams(image: torch.Tensor) -> list[torch.Tensor]:
         x, found, wanted = TF.normalize(image, MEAN, STD)[None], [], True
