@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import secrets
-import socket
-import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
 
 from mmalign.config import as_path
 from mmalign.data.files import check_inside
@@ -18,6 +14,7 @@ from mmalign.data.labels import DATABASE, Labels
 from mmalign.data.schema import RowError
 from mmalign.data.writers import WriteFormat, write_pairs
 from mmalign.pipelines._label_folder import list_groups
+from mmalign.pipelines._label_server import check_page, say, serve
 from mmalign.types import ImageRef, InputError, PreferencePair
 
 if TYPE_CHECKING:
@@ -25,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SOURCE = "people"
-PROBE = ("192.0.2.1", 9)
-"""An address for documentation only: asking the way to it tells this machine's own address."""
 
 
 class Decided(NamedTuple):
@@ -52,8 +47,7 @@ def run(config: PairsLabelConfig) -> None:
         with closing(Labels(file)) as labels:
             export(labels, root, as_path(config.export))
         return
-    if config.token == "":
-        raise InputError("token: must not be empty")
+    check_page(config)
     groups = list_groups(config)
     if groups is None and not file.exists():
         raise InputError(
@@ -65,7 +59,8 @@ def run(config: PairsLabelConfig) -> None:
             labels.add(groups, config.pairs_per_prompt)
         else:
             _forget_missing(labels, root)
-        _serve(labels, root, config)
+        serve(labels, root, config, max_pixels=config.max_pixels)
+        say(f"export them with: mmalign pairs label {config.images} --export PATH")
 
 
 def export(labels: Labels, root: Path, target: Path) -> Decided:
@@ -85,7 +80,7 @@ def export(labels: Labels, root: Path, target: Path) -> Decided:
         raise InputError(f"no pair has a majority in {labels.file}: {left_out}")
     formats: dict[str, WriteFormat] = {".parquet": "parquet", ".tar": "webdataset"}
     write_pairs(decided.pairs, target, formats.get(target.suffix, "imagefolder"))
-    _say(f"{len(decided.pairs)} pairs in {target}; {left_out}; {agreement_line(labels)}")
+    say(f"{len(decided.pairs)} pairs in {target}; {left_out}; {agreement_line(labels)}")
     return decided
 
 
@@ -137,71 +132,9 @@ def _image(labels: Labels, root: Path, key: str) -> ImageRef | None:
         return None
 
 
-def _serve(labels: Labels, root: Path, config: PairsLabelConfig) -> None:
-    import uvicorn
-
-    from mmalign.pipelines._label_app import is_loopback, make_app
-
-    local = is_loopback(config.host)
-    token = config.token if config.token or local else secrets.token_urlsafe(16)
-    with _listen(config) as listener:
-        port = listener.getsockname()[1]
-        app = make_app(labels, root, token=token, local_only=local, max_pixels=config.max_pixels)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                ws="none",
-                lifespan="off",
-                timeout_graceful_shutdown=2,
-            )
-        )
-        _say(f"label at {_url(config.host, port, token)}  (Ctrl+C ends; judgements are kept)")
-        with suppress(KeyboardInterrupt):  # the normal end
-            server.run(sockets=[listener])
-    done = labels.progress("")
-    _say(f"{done.judged} of {done.total} pairs judged by {done.people} people: {labels.file}")
-    _say(f"export them with: mmalign pairs label {config.images} --export PATH")
-
-
 def _forget_missing(labels: Labels, root: Path) -> None:
     """Stop showing pairs whose images are gone, in a folder that is not listed anew."""
     for image in labels.images():
         if _image(labels, root, image.hash) is None:
             logger.warning("left out: %s is missing or has changed", root / image.path)
             labels.unlist(image.hash)
-
-
-def _listen(config: PairsLabelConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
-        raise InputError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; "
-            "choose another --host or --port"
-        ) from error
-
-
-def _url(host: str, port: int, token: str | None) -> str:
-    shown = _own_address() if host in ("0.0.0.0", "::") else host
-    shown = f"[{shown}]" if ":" in shown else shown
-    return f"http://{shown}:{port}/" + (f"?token={quote(token, safe='')}" if token else "")
-
-
-def _own_address() -> str:
-    """Find the address under which others reach this machine; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(PROBE)
-        except OSError:
-            return socket.gethostname()
-        return str(probe.getsockname()[0])
-
-
-def _say(line: str) -> None:
-    """Print at once, also into a pipe."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
