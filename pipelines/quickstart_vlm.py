@@ -25,6 +25,7 @@ from mmalign.options import parse_options
 from mmalign.pipelines import vlm_dpo
 from mmalign.pipelines._evaluation import resolve_device
 from mmalign.pipelines._speech_trial import JUDGE, SpeechResult, SpeechTrial, Spoken
+from mmalign.pipelines._vlm_results import save_answers
 from mmalign.pipelines.topic_overwrite import overwrite_topics
 from mmalign.report import (
     Report,
@@ -145,6 +146,7 @@ def _write(output: Path, training: VlmDpoConfig, summary: RunSummary, result: Sp
         metrics=read_metrics(output / "metrics.jsonl"),
         config=dump_config(training),
     )
+    save_answers(output / "samples", result.answers)
     write_summary(output, summary)
     write_report(output, report)
     write_model_card(output, summary, lora=training.lora.enabled, task="vlm")
