@@ -120,7 +120,7 @@ def _write(folder: Path, job: _Job) -> str:
 
 def _summary(job: _Job, results: Results) -> RunSummary:
     """Sum up the last subject against the baseline; `results.json` has all of them."""
-    last = len(job.subjects) - 1
+    last, tested = len(job.subjects) - 1, job.subjects[-1]
     before, after = (
         {metric.name: metric.means[number].value for metric in results.metrics}
         for number in (0, last)
@@ -129,7 +129,7 @@ def _summary(job: _Job, results: Results) -> RunSummary:
     duel = duel_of(results.duels.get(judge or "", []), last, 0)
     return RunSummary(
         method="evaluate",
-        model=job.subjects[last].source,
+        model=tested.source if tested.model is None else tested.model.model,
         seed=job.config.sampling.seed,
         steps=0,
         wall_seconds=time.monotonic() - job.started,

@@ -119,7 +119,7 @@ def test_writes_summary_report_and_images(config: EvaluateImageConfig, capfd: An
     folder = Path(config.output_dir)
     summary = read(config, "summary.json")
     assert summary["method"] == "evaluate"
-    assert summary["seed"] == 3
+    assert (summary["model"], summary["seed"]) == (config.model, 3)
     assert set(summary["before"]) == {"saturation", "brightness", "diversity"}
     gain = summary["after"]["brightness"] - summary["before"]["brightness"]
     assert gain == pytest.approx(0.2, abs=1e-3)  # pixels are rounded to 8 bits
