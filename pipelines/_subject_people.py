@@ -131,7 +131,8 @@ class Panel:
 
     def _differences(self, questions: Sequence[Question], tallies: dict[str, Tally]) -> Differences:
         def differences(one: int, other: int) -> tuple[list[float], list[str]]:
-            gains, prompts = [], []
+            gains: list[float] = []
+            prompts: list[str] = []
             for question in questions:
                 tally = tallies.get(question.key or "")
                 if tally is None or {question.one, question.other} != {one, other}:
@@ -183,7 +184,7 @@ def _kappa_interval(tallies: Sequence[Tally], seed: int) -> tuple[float, float] 
             found.append(drawn.kappa)
     if not found:
         return None
-    low, high = torch.tensor(found, dtype=torch.float64).quantile(
-        torch.tensor([0.025, 0.975], dtype=torch.float64)
-    )
+    values = torch.tensor(found, dtype=torch.float64)
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = values.quantile(bounds).tolist()
     return float(low), float(high)

@@ -148,7 +148,8 @@ def _rate(found: object) -> Rate | None:
         return None
     counts = [f"{rate[name]} {name}" for name in ("wins", "losses", "ties") if name in rate]
     detail = f"judge {rate.get('judge', 'unknown')}: {', '.join(counts)}"
-    return Rate(*(min(1.0, max(0.0, number)) for number in (value, low, high)), detail)
+    value, low, high = (min(1.0, max(0.0, number)) for number in (value, low, high))
+    return Rate(value, low, high, detail)
 
 
 def _metrics(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Metric]:
