@@ -21,7 +21,8 @@ Words = tuple[str, ...]
 class Command(NamedTuple):
     """What a command runs: a class of `mmalign.config`, and `module:function` of a pipeline.
 
-    The option `positional` may be given as a bare argument right after the command.
+    The option `positional` may be given as a bare argument right after the command, or as several
+    if it is a list.
     """
 
     config: str
@@ -139,7 +140,7 @@ COMMANDS: dict[Words, Command] = {
     ("evaluate", "image"): Command(
         "EvaluateImageConfig",
         "mmalign.pipelines.evaluate_image:run",
-        "compare a model with its base, with a report",
+        "compare models and folders of images, with a report",
     ),
     ("evaluate", "chair"): Command(
         "EvaluateChairConfig",
@@ -165,6 +166,12 @@ COMMANDS: dict[Words, Command] = {
         "EvaluateMmhalConfig",
         "mmalign.pipelines.evaluate_mmhal:run",
         "MMHal-Bench, by rule or language model",
+    ),
+    ("gallery",): Command(
+        "GalleryConfig",
+        "mmalign.pipelines.gallery:run",
+        "several runs on one page",
+        positional="runs",
     ),
     ("export",): Command(
         "ExportConfig", "mmalign.pipelines.export:run", "adapter to kohya format or merged model"
@@ -222,13 +229,25 @@ def _dispatch(arguments: list[str]) -> int:
     if command.positional:
         name += f" [{command.positional.upper()}]"
         if flags and not flags[0].startswith("-"):
-            flags[0] = f"--{command.positional}={flags[0]}"
+            flags = _named(command, flags)
     options = parse_options(getattr(config, command.config), flags, command=name)
     check_config(options)
     module, _, function = command.target.partition(":")
     run: Callable[[Any], object] = getattr(importlib.import_module(module), function)
     run(options)
     return 0
+
+
+def _named(command: Command, flags: list[str]) -> list[str]:
+    """Put the option's name before bare arguments."""
+    import typing
+
+    from mmalign import config
+
+    hint = typing.get_type_hints(getattr(config, command.config))[str(command.positional)]
+    if hint == list[str]:
+        return [f"--{command.positional}", *flags]
+    return [f"--{command.positional}={flags[0]}", *flags[1:]]
 
 
 def _command_words(arguments: list[str]) -> Words:

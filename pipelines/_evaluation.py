@@ -46,7 +46,7 @@ class Subject:
     """What was run: everything in a run's summary and report that is not measured on images.
 
     Attributes:
-        method: preference method, or `evaluate`.
+        method: preference method.
         model: model as the user named it.
         seed: base seed.
         steps: optimizer steps done.
@@ -54,7 +54,7 @@ class Subject:
         device: torch device.
         config: resolved configuration as YAML.
         warnings: what training warned about.
-        cost: what training spent; None where nothing was trained.
+        cost: what training spent.
         lora: whether a LoRA was trained, not the whole model.
     """
 
@@ -116,6 +116,15 @@ def judge_rewards(config: EvalConfig, device: str) -> Judges:
     if config.prompts is None:
         return Judges([], None)
     evaluation_prompts(config)
+    return load_judges(config, device)
+
+
+def load_judges(config: EvalConfig, device: str) -> Judges:
+    """Load the rewards and the judge, whether or not there is a file of prompts.
+
+    Raises:
+        InputError: if a reward cannot be loaded.
+    """
     place = resolve_device(device)
     judge = load_reward(config.judge, place) if config.judge is not None else None
     return Judges(load_rewards(config.rewards, place), judge)
@@ -156,14 +165,13 @@ def measure(
 
 
 def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None) -> RunSummary:
-    """Write `summary.json`, `report.html`, `samples/`, and after training the model card.
+    """Write `summary.json`, `report.html`, `samples/` and the model card.
 
     Curves come from `metrics.jsonl` and `evaluations.jsonl` in the folder, where they are.
 
     Raises:
         InputError: if the folder cannot be written.
     """
-    only_evaluated = subject.method == "evaluate"
     summary = RunSummary(
         method=subject.method,
         model=subject.model,
@@ -176,7 +184,6 @@ def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None)
         before={} if evaluation is None else evaluation.before,
         after={} if evaluation is None else evaluation.after,
         win_rate=None if evaluation is None else _win_rate(evaluation),
-        metrics=evaluation.after if evaluation is not None and only_evaluated else None,
         cost=subject.cost,
     )
     pairs = [] if evaluation is None else comparisons(evaluation)
@@ -195,8 +202,7 @@ def write_results(folder: Path, subject: Subject, evaluation: Evaluation | None)
         save_samples(folder / "samples", pairs)
     write_summary(folder, summary)
     write_report(folder, report)
-    if not only_evaluated:
-        write_model_card(folder, summary, lora=subject.lora)
+    write_model_card(folder, summary, lora=subject.lora)
     return summary
 
 

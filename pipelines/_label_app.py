@@ -66,7 +66,13 @@ class TooLargeError(InputError):
 
 
 def make_app(
-    labels: Labels, root: Path, *, token: str | None, local_only: bool, max_pixels: int
+    labels: Labels,
+    root: Path,
+    *,
+    token: str | None,
+    local_only: bool,
+    max_pixels: int,
+    blind: bool = False,
 ) -> ASGIApp:
     """Make the application.
 
@@ -77,8 +83,9 @@ def make_app(
         local_only: answer only requests that name this machine as `localhost` or a loopback
             address, so that no web site can point its own name here.
         max_pixels: larger images are not decoded.
+        blind: the answers are for a comparison of models, not for pairs to train on.
     """
-    pages = _Pages(labels, root, max_pixels)
+    pages = _Pages(labels, root, max_pixels, blind)
     app = Starlette(
         routes=[
             Route("/", pages.index),
@@ -169,12 +176,12 @@ class Guard:
 
 
 class _Pages:
-    def __init__(self, labels: Labels, root: Path, max_pixels: int) -> None:
-        self.labels, self.root, self.max_pixels = labels, root, max_pixels
+    def __init__(self, labels: Labels, root: Path, max_pixels: int, blind: bool) -> None:
+        self.labels, self.root, self.max_pixels, self.blind = labels, root, max_pixels, blind
 
     def index(self, request: Request) -> Response:
         page = _environment().get_template("label.html.j2")
-        return HTMLResponse(page.render(folder=self.root.resolve().name))
+        return HTMLResponse(page.render(folder=self.root.resolve().name, blind=self.blind))
 
     def state(self, request: Request) -> Response:
         return self._state(check_name(request.query_params.get("annotator", "")))

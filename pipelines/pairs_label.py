@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import secrets
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
 
 from mmalign.config import as_path
 from mmalign.data.files import check_inside
@@ -16,7 +14,8 @@ from mmalign.data.labels import DATABASE, Labels
 from mmalign.data.schema import RowError
 from mmalign.data.writers import WriteFormat, write_pairs
 from mmalign.pipelines._label_folder import list_groups
-from mmalign.pipelines._listen import listen, say, shown_address
+from mmalign.pipelines._label_server import check_page, serve
+from mmalign.pipelines._listen import say
 from mmalign.types import ImageRef, InputError, PreferencePair
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ def run(config: PairsLabelConfig) -> None:
         with closing(Labels(file)) as labels:
             export(labels, root, as_path(config.export))
         return
-    if config.token == "":
-        raise InputError("token: must not be empty")
+    check_page(config)
     groups = list_groups(config)
     if groups is None and not file.exists():
         raise InputError(
@@ -62,7 +60,8 @@ def run(config: PairsLabelConfig) -> None:
             labels.add(groups, config.pairs_per_prompt)
         else:
             _forget_missing(labels, root)
-        _serve(labels, root, config)
+        serve(labels, root, config, max_pixels=config.max_pixels)
+        say(f"export them with: mmalign pairs label {config.images} --export PATH")
 
 
 def export(labels: Labels, root: Path, target: Path) -> Decided:
@@ -134,42 +133,9 @@ def _image(labels: Labels, root: Path, key: str) -> ImageRef | None:
         return None
 
 
-def _serve(labels: Labels, root: Path, config: PairsLabelConfig) -> None:
-    import uvicorn
-
-    from mmalign.pipelines._label_app import is_loopback, make_app
-
-    local = is_loopback(config.host)
-    token = config.token if config.token or local else secrets.token_urlsafe(16)
-    with listen(config.host, config.port) as listener:
-        port = listener.getsockname()[1]
-        app = make_app(labels, root, token=token, local_only=local, max_pixels=config.max_pixels)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                ws="none",
-                lifespan="off",
-                timeout_graceful_shutdown=2,
-            )
-        )
-        say(f"label at {_url(config.host, port, token)}  (Ctrl+C ends; judgements are kept)")
-        with suppress(KeyboardInterrupt):  # the normal end
-            server.run(sockets=[listener])
-    done = labels.progress("")
-    say(f"{done.judged} of {done.total} pairs judged by {done.people} people: {labels.file}")
-    say(f"export them with: mmalign pairs label {config.images} --export PATH")
-
-
 def _forget_missing(labels: Labels, root: Path) -> None:
     """Stop showing pairs whose images are gone, in a folder that is not listed anew."""
     for image in labels.images():
         if _image(labels, root, image.hash) is None:
             logger.warning("left out: %s is missing or has changed", root / image.path)
             labels.unlist(image.hash)
-
-
-def _url(host: str, port: int, token: str | None) -> str:
-    return f"{shown_address(host, port)}/" + (f"?token={quote(token, safe='')}" if token else "")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from mmalign.config.parts import (
     CandidatesConfig,
     EvalConfig,
+    Family,
     ModelConfig,
     OnBadRow,
     SamplingConfig,
@@ -75,7 +76,22 @@ class PairsCheckConfig:
 
 
 @dataclass(kw_only=True)
-class PairsLabelConfig:
+class LabelPageConfig:
+    """Where the page is served on which people choose between images.
+
+    Attributes:
+        host: address to listen on; on any but this machine's own the page needs a token.
+        port: port to listen on; 0 takes a free one.
+        token: secret that the page asks for; off the loopback one is made when omitted.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    token: str | None = None
+
+
+@dataclass(kw_only=True)
+class PairsLabelConfig(LabelPageConfig):
     """Serve a page on which people choose between candidate images.
 
     Attributes:
@@ -88,9 +104,6 @@ class PairsLabelConfig:
             each pair counts; ties are left out and counted; `source` is `people`.
         database: SQLite file of the judgements; `labels.sqlite` in the folder when omitted.
         pairs_per_prompt: pairs shown of each prompt; every two candidates when omitted.
-        host: address to listen on; on any but this machine's own the page needs a token.
-        port: port to listen on; 0 takes a free one.
-        token: secret that the page asks for; off the loopback one is made when omitted.
         on_bad_row: policy for unreadable images and prompts without two.
         max_pixels: images with more pixels count as bad.
     """
@@ -100,9 +113,6 @@ class PairsLabelConfig:
     export: str | None = None
     database: str | None = None
     pairs_per_prompt: int | None = None
-    host: str = "127.0.0.1"
-    port: int = 8765
-    token: str | None = None
     on_bad_row: OnBadRow = "stop"
     max_pixels: int = 50_000_000
 
@@ -192,20 +202,96 @@ class GenerateConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
-class EvaluateImageConfig(ModelConfig):
-    """Compare a model with its base (or another adapter) on prompts.
+class SubjectConfig:
+    """One side of a comparison: a model, with or without an adapter, or a folder of images.
 
     Attributes:
-        base_adapter: adapter of the side compared against; the plain model when omitted.
-        output_dir: folder for `summary.json`, `report.html` and the images.
-        sampling: how images are sampled.
-        evaluation: prompts, rewards and judge.
+        name: what tables and pages call it; what `model`, `adapter` or `images` is called when
+            empty.
+        model: checkpoint, as the option `model` of the command, which is taken when omitted.
+        adapter: folder or file of a LoRA to load on top.
+        adapter_scale: multiplier of that LoRA.
+        family: family of `model`.
+        revision: hub revision of `model`.
+        variant: weight file variant of `model`.
+        num_inference_steps: sampler steps of this model, where they differ from `sampling`.
+        guidance_scale: guidance of this model, where it differs from `sampling`.
+        images: folder of images, instead of a model.
+        prompts: which image belongs to which prompt: .jsonl with `file_name`, `prompt`, or one line
+            per image in sorted order; the folder's own `metadata.jsonl` when omitted.
     """
 
+    name: str = ""
+    model: str | None = None
+    adapter: str | None = None
+    adapter_scale: float = 1.0
+    family: Family = "auto"
+    revision: str | None = None
+    variant: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    images: str | None = None
+    prompts: str | None = None
+
+
+@dataclass(kw_only=True)
+class BlindConfig(LabelPageConfig):
+    """What people judge under `--judge label`.
+
+    Attributes:
+        images_per_prompt: show only the first so many images of each prompt.
+        people: answers wanted of different people for each pair; with all of them the page closes.
+    """
+
+    images_per_prompt: int = 1
+    people: int = 1
+
+
+@dataclass(kw_only=True)
+class EvaluateImageConfig(ModelConfig):
+    """Compare models and folders of images on the same prompts, or a model with its base.
+
+    Attributes:
+        compare: what to compare, in short: `name=WHAT`, or `WHAT` alone, where `WHAT` is `base`
+            (the plain `model`), a LoRA, the folder of a run, a model, or a folder of images.
+        subjects: the same with every option; those of `compare` follow them. Without either, the
+            plain model (or `base_adapter`) and the one with `adapter` are compared.
+        baseline: name of the subject that the others are measured against; the first when omitted.
+        base_adapter: adapter of the side compared against; the plain model when omitted.
+        judge: who says which picture is better besides the rewards: `evaluation.judge` alone, or
+            people as well, who are shown a page with two pictures and no names.
+        label: that page.
+        output_dir: folder for `summary.json`, `report.html`, scores and images.
+        sampling: how images are sampled.
+        evaluation: prompts, rewards and judge; with folders the prompts may be left to the first.
+    """
+
+    compare: list[str] = field(default_factory=list)
+    subjects: list[SubjectConfig] = field(default_factory=list)
+    baseline: str | None = None
     base_adapter: str | None = None
+    judge: Literal["reward", "label"] = "reward"
+    label: BlindConfig = field(default_factory=BlindConfig)
     output_dir: str = "runs/evaluation"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(kw_only=True)
+class GalleryConfig:
+    """Show several runs on one page.
+
+    Attributes:
+        runs: folders of runs, which may stand alone right after the command.
+        output: the page.
+        title: its title.
+        examples: prompts shown of each run.
+    """
+
+    runs: list[str] = field(default_factory=list)
+    output: str = "gallery.html"
+    title: str = "Gallery"
+    examples: int = 6
 
 
 @dataclass(kw_only=True)

@@ -240,6 +240,12 @@ class Labels:
         )
         return Progress(*rows[0])
 
+    def people(self, keys: Sequence[str]) -> int:
+        """Count those who judged at least one of these pairs."""
+        wanted = set(keys)
+        rows = self._rows("SELECT DISTINCT annotator, pair FROM judgements")
+        return len({annotator for annotator, pair in rows if pair in wanted})
+
     def agreement(self) -> Agreement:
         """Measure how far people agree on the pairs that several of them judged."""
         return agreement(self.tallies(at_least=2))

@@ -1,0 +1,209 @@
+"""Every score of every image compared, and the files that have them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm.auto import tqdm
+
+from mmalign.data.files import write_bytes, write_jsonl
+from mmalign.data.folders import METADATA
+from mmalign.data.images import open_image, to_tensor
+from mmalign.evaluation import prompt_diversity
+from mmalign.pipelines._evaluation import Judges
+from mmalign.pipelines._pictures import MAX_PIXELS
+from mmalign.pipelines._subject_images import Row
+from mmalign.rewards.combine import unique_names
+from mmalign.scoring import score_samples, to_scores
+from mmalign.types import ImageRef
+
+if TYPE_CHECKING:
+    from mmalign.pipelines._subjects import Subject
+
+BATCH = 32
+
+
+class Named(NamedTuple):
+    """A reward, its name in tables, and how many images it takes at a time."""
+
+    name: str
+    reward: Any
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured on the images of one subject, one value per row.
+
+    Attributes:
+        columns: metric -> values; first the rewards, then the judge and what it adds.
+        verdicts: what the judge says of each image; empty texts where it says nothing.
+        correct: whether each image is right, None where the judge does not say.
+        diversity: prompt -> mean distance of its images; empty with one image per prompt.
+    """
+
+    columns: dict[str, list[float]] = field(default_factory=dict)
+    verdicts: list[str] = field(default_factory=list)
+    correct: list[bool | None] = field(default_factory=list)
+    diversity: Mapping[str, float] = field(default_factory=dict)
+
+
+def named_judges(judges: Judges) -> tuple[list[Named], Named | None]:
+    """Name rewards and judge; no two share a name."""
+    names = unique_names(judges.rewards)
+    rewards = [
+        Named(name, reward, max(config.batch_size, 1))
+        for name, (reward, config) in zip(names, judges.rewards, strict=True)
+    ]
+    judge = judges.judge
+    return rewards, None if judge is None else Named(_free_name(judge.name, names), judge, BATCH)
+
+
+def score_subject(
+    subject: Subject, rows: Sequence[Row], files: Sequence[Path], judges: Judges, device: str
+) -> Scores:
+    """Score the images of one subject and measure how different those of a prompt are.
+
+    Raises:
+        InputError: naming reward and image, for a score that is not a finite number.
+    """
+    rewards, judge = named_judges(judges)
+    names_taken = [one.name for one in rewards]
+    scores = Scores()
+    with torch.no_grad(), tqdm(total=len(rows), desc=f"score {subject.name}", unit="image") as bar:
+        for start, images in _batches(files):
+            batch = rows[start : start + len(images)]
+            prompts = [row.prompt for row in batch]
+            names = [f"{subject.name}/{file.name}" for file in files[start : start + len(images)]]
+            images = images.to(device)
+            for one in rewards:
+                _extend(scores, one.name, _score(one, images, prompts, names))
+            if judge is not None:
+                _extend(scores, judge.name, _score(judge, images, prompts, names))
+                _judge(judge.reward, images, prompts, scores, [*names_taken, judge.name])
+            bar.update(len(batch))
+    return Scores(scores.columns, scores.verdicts, scores.correct, _diversity(rows, files))
+
+
+def write_scores(
+    folder: Path,
+    subjects: Sequence[Subject],
+    rows: Sequence[Row],
+    files: Sequence[Sequence[Path]],
+    scores: Sequence[Scores],
+) -> None:
+    """Write `scores.csv` and `scores.json`, a row per image, and `samples/metadata.jsonl`.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    table = [
+        {
+            "subject": subject.name,
+            "file_name": file.relative_to(folder).as_posix(),
+            **row._asdict(),
+            **{name: values[number] for name, values in own.columns.items()},
+        }
+        for subject, paths, own in zip(subjects, files, scores, strict=True)
+        for number, (row, file) in enumerate(zip(rows, paths, strict=True))
+    ]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_bytes(folder / "scores.csv", text.getvalue().encode())
+    lines = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(folder / "scores.json", (lines + "\n").encode())
+    samples = []
+    for number, row in enumerate(rows):
+        sample: dict[str, Any] = row._asdict()
+        for subject, paths, own in zip(subjects, files, scores, strict=True):
+            sample[f"{subject.slug}_file_name"] = f"{subject.slug}/{paths[number].name}"
+            if own.verdicts:
+                sample[f"{subject.slug}_verdict"] = own.verdicts[number]
+        samples.append(sample)
+    write_jsonl(folder / "samples" / METADATA, samples)
+
+
+def _batches(files: Sequence[Path]) -> Iterator[tuple[int, Tensor]]:
+    """Read images in batches of one size; folders may have several."""
+    batch: list[Tensor] = []
+    start = 0
+    for number, file in enumerate(files):
+        image = _read(file)
+        if batch and (len(batch) == BATCH or image.shape != batch[0].shape):
+            yield start, torch.stack(batch)
+            batch, start = [], number
+        batch.append(image)
+    if batch:
+        yield start, torch.stack(batch)
+
+
+def _read(file: Path) -> Tensor:
+    return to_tensor(open_image(ImageRef(file, str(file)), max_pixels=MAX_PIXELS))
+
+
+def _score(one: Named, images: Tensor, prompts: list[str], names: list[str]) -> list[float]:
+    found: list[float] = []
+    for start in range(0, len(prompts), one.batch_size):
+        part = slice(start, start + one.batch_size)
+        found += score_samples(one.reward, images[part], prompts[part], names[part]).tolist()
+    return found
+
+
+def _judge(
+    judge: Any, images: Tensor, prompts: list[str], scores: Scores, taken: Sequence[str]
+) -> None:
+    """Ask a judge for the metrics and words that it may have; see `evaluate_models`."""
+    count = len(prompts)
+    right: list[bool | None] = [None] * count
+    for name, values in (
+        judge.metrics(images, prompts) if hasattr(judge, "metrics") else {}
+    ).items():
+        numbers = to_scores(values, count).tolist()
+        _extend(scores, _free_name(name, taken), numbers)
+        if name == "correct":
+            right = [number > 0.5 for number in numbers]
+    scores.correct.extend(right)
+    says = hasattr(judge, "verdicts")
+    scores.verdicts.extend(judge.verdicts(images, prompts) if says else [""] * count)
+
+
+def _extend(scores: Scores, name: str, values: list[float]) -> None:
+    scores.columns.setdefault(name, []).extend(values)
+
+
+def _free_name(name: str, taken: Sequence[str]) -> str:
+    free, count = name, 1
+    while free in taken:
+        count += 1
+        free = f"{name}_{count}"
+    return free
+
+
+def _diversity(rows: Sequence[Row], files: Sequence[Path]) -> dict[str, float]:
+    """Measure `prompt_diversity`; images of a prompt take the size of its first one."""
+    members: dict[str, list[Path]] = {}
+    for row, file in zip(rows, files, strict=True):
+        members.setdefault(row.prompt, []).append(file)
+    found: dict[str, float] = {}
+    for prompt, own in members.items():
+        if len(own) > 1:
+            images = [_read(file) for file in own]
+            size = images[0].shape[1:]
+            fitted = [i if i.shape[1:] == size else _fit(i, size) for i in images]
+            found |= prompt_diversity(torch.stack(fitted), [prompt] * len(own))
+    return found
+
+
+def _fit(image: Tensor, size: torch.Size) -> Tensor:
+    return interpolate(image[None], list(size), mode="bilinear", antialias=True)[0]
