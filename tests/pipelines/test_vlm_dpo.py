@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,7 @@ def test_too_long_rows_are_dropped_and_counted(
     rows[2]["image"] = "absent.png"
     write_jsonl(pairs.parent / "long.jsonl", rows)
     source = VlmPairsConfig(path=str(pairs.parent / "long.jsonl"), on_bad_row="skip")
-    vlm_dpo.run(options(vlm("llava"), pairs, tmp_path, pairs=source))
+    vlm_dpo.run(replace(options(vlm("llava"), pairs, tmp_path), pairs=source))
     page = (tmp_path / "report.html").read_text()
     assert "1 bad rows skipped, among them: " in page
     assert re.search(r"long.jsonl line 3: \S*absent.png does not exist", page)
