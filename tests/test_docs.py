@@ -83,7 +83,7 @@ def parse(words: list[str]) -> None:
     assert name in COMMANDS, words
     command, flags = COMMANDS[name], words[len(name) :]
     if command.positional and flags and not flags[0].startswith("-"):
-        flags[0] = f"--{command.positional}={flags[0]}"
+        flags = cli._named(command, flags)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         parse_options(getattr(config, command.config), flags, command=" ".join(name))
 

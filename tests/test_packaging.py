@@ -82,7 +82,8 @@ def test_pins_name_versions_only(project: dict[str, Any]) -> None:
 
 def test_direct_dependencies_are_pinned(project: dict[str, Any]) -> None:
     pinned = {pin.partition("==")[0] for pin in project["tool"]["uv"]["constraint-dependencies"]}
-    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    groups = [r for group in project["dependency-groups"].values() for r in group]
+    wanted = [r for r in (*project["project"]["dependencies"], *groups) if isinstance(r, str)]
     for requirement in wanted:
         name = requirement.partition(">")[0]
         assert name in pinned, name

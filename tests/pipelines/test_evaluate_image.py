@@ -206,7 +206,7 @@ def test_every_score_of_every_image_is_written(several: EvaluateImageConfig) -> 
         luma = (pixels @ LUMA).mean()
         assert float(row["brightness"]) == pytest.approx(luma, abs=1e-5)
     assert {row["prompt"] for row in rows} == set(PROMPTS)
-    assert list(rows[0])[:5] == ["subject", "file_name", "prompt", "index", "seed"]
+    assert list(rows[0])[:5] == ["subject", "file_name", "prompt", "number", "seed"]
 
 
 def test_baseline_is_chosen_by_name(several: EvaluateImageConfig) -> None:

@@ -186,14 +186,14 @@ def test_the_real_page_closes_when_all_is_answered(
     monkeypatch.setattr(_label_server, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(_label_server, "UNDO_SECONDS", 0.1)
     ports: list[int] = []
-    listen = _label_server._listen
+    listen = _label_server.listen
 
-    def remember(page: Any) -> Any:
-        opened = listen(page)
+    def remember(host: str, port: int) -> Any:
+        opened = listen(host, port)
         ports.append(opened.getsockname()[1])
         return opened
 
-    monkeypatch.setattr(_label_server, "_listen", remember)
+    monkeypatch.setattr(_label_server, "listen", remember)
     pages: list[str] = []
 
     def visit() -> None:

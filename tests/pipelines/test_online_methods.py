@@ -33,6 +33,7 @@ from mmalign.data.labels import Labels
 from mmalign.pipelines import d3po, draft, rocm, tailorpo
 from mmalign.pipelines._online import OnlineRun, PromptBatch, bridged_rewards
 from mmalign.rewards import load_reward, load_rewards, people
+from mmalign.rewards.brightness import BrightnessReward
 from mmalign.rewards.combine import CombinedReward
 from mmalign.types import InputError
 
@@ -272,7 +273,7 @@ def test_bridged_gradient_is_the_whole_gradient(tiny_sd: Path, decode_batch_size
 
 
 def darkness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return 1 - images.mean((1, 2, 3))
+    return 1 - BrightnessReward()(images, prompts)
 
 
 @pytest.mark.parametrize("method", ["d3po", "draft"])

@@ -183,7 +183,7 @@ def test_pairs_of_scored_answers_train(run: RUN, folder: Path, vlm: Callable[[st
     code, out = run(
         *("train", "vlm-dpo", "--model", str(vlm("llava")), "--device", "cpu", "--offline", "true"),
         *("--pairs.path", str(folder / "out" / "pairs.jsonl"), "--lora.rank", "2"),
-        *("--max_steps", "2", "--learning_rate", "0.01", "--per_device_train_batch_size", "2"),
+        *("--max_steps", "2", "--learning_rate", "0.001", "--per_device_train_batch_size", "2"),
         *("--output_dir", str(folder / "run")),
     )
     assert code == 0, out

@@ -68,7 +68,7 @@ def test_tensorboard_gets_metrics_evaluations_images_and_options(
         pytest.approx(logged(tmp_path, "evaluations.jsonl")[-1]["brightness"]),
     )
     picture = events.Images("evaluation/images")[0]
-    assert (picture.step, picture.width, picture.height) == (2, 16, 16)
+    assert (picture.step, picture.width, picture.height) == (2, 32, 16)
     (options,) = (tmp_path / "run" / "mmalign").glob("*/hparams.yml")
     stored = yaml.safe_load(options.read_text())
     assert (stored["max_steps"], stored["sampling.num_inference_steps"]) == (2, 2)
