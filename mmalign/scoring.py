@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmalign.processes import gather_shared, is_main, share, together
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def score_in_batches(
 ) -> Tensor:
     """Score many samples without gradients, `batch_size` at a time, with a bar.
 
+    Several processes, all of which have to call it with the same samples, share the batches.
+
     Returns:
         Scores (B,), float64 on CPU.
 
@@ -115,14 +118,20 @@ def score_in_batches(
     labels = list(names) if names is not None else [f"sample {i}" for i in range(len(samples))]
     if not len(samples) == len(prompts) == len(labels):
         raise InputError(f"{len(samples)} samples but {len(prompts)} prompts, {len(labels)} names")
-    parts = [torch.zeros(0, dtype=torch.float64)]
-    with torch.no_grad(), tqdm(total=len(samples), desc=f"score {reward.name}") as bar:
-        for start in range(0, len(samples), batch_size):
+    starts = share(range(0, len(samples), batch_size))
+    bar = tqdm(starts, f"score {reward.name}", unit="batch", disable=not is_main())
+
+    def score() -> list[Tensor]:
+        parts = []
+        for start in bar:
             rows = slice(start, start + batch_size)
             scores = score_samples(reward, samples[rows], prompts[rows], labels[rows])
             parts.append(scores.to("cpu", torch.float64))
-            bar.update(len(scores))
-    return torch.cat(parts)
+        return parts
+
+    with torch.no_grad(), bar:
+        parts = gather_shared(together(score))
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
 def _from_sequence(values: object, count: int) -> Tensor:

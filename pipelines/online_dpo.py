@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from mmalign.accelerator import make_accelerator
 from mmalign.config import (
     CandidatesConfig,
     EvalConfig,
@@ -25,6 +26,7 @@ from mmalign.lora import WEIGHTS_NAME
 from mmalign.pipelines import diffusion_dpo
 from mmalign.pipelines._evaluation import check_judge
 from mmalign.pipelines.pairs_build import build_pairs
+from mmalign.processes import is_main, launched, rank, together, world_size
 from mmalign.randomness import derive_seed
 from mmalign.types import InputError
 
@@ -48,11 +50,14 @@ def run(config: OnlineDpoConfig) -> None:
             f"output_dir: {config.output_dir} holds an earlier run; continue it with"
             " --resume_from_checkpoint latest, or choose another --output_dir"
         )
+    if launched()[1] > 1:  # sharing the candidates needs to know how many processes there are
+        make_accelerator(config, cpu=config.device == "cpu")
     adapter = config.lora.init_from
     for number in range(1, config.rounds + 1):
         done = _folder(config, number) / "adapter"
         if number == config.rounds or not (done / WEIGHTS_NAME).exists():
-            tqdm.write(f"round {number} of {config.rounds}")
+            if is_main():
+                tqdm.write(f"round {number} of {config.rounds}")
             _round(config, number, adapter, started)
         adapter = str(done)
 
@@ -66,7 +71,8 @@ def _round(config: OnlineDpoConfig, number: int, adapter: str | None, started: f
     """Make pairs with the policy so far and train on them."""
     folder, last = _folder(config, number), number == config.rounds
     pairs = folder / "pairs"
-    build_pairs(_build_config(config, number, adapter, pairs))
+    build = _build_config(config, number, adapter, pairs)
+    together(lambda: build_pairs(build))
     diffusion_dpo.run(
         replace(
             config,
@@ -89,4 +95,5 @@ def _build_config(
     how = {name: getattr(config.candidates, name) for name in CandidatesConfig.__dataclass_fields__}
     sampling = config.candidates.sampling
     how["sampling"] = replace(sampling, seed=derive_seed(sampling.seed, "round", number))
-    return PairsBuildConfig(**{**model, **how, "adapter": adapter, "output": str(pairs)})
+    place = {"adapter": adapter, "output": str(pairs), "shard": rank(), "num_shards": world_size()}
+    return PairsBuildConfig(**{**model, **how, **place})

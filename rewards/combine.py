@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import RewardConfig
+from mmalign.processes import gather, rank, world_size
 from mmalign.scoring import score_samples
 from mmalign.types import InputError, Modality, Reward
 
@@ -40,8 +41,14 @@ class CombinedReward:
     name = "combined"
     modality: Modality = "image"
 
-    def __init__(self, rewards: Sequence[tuple[Reward, RewardConfig]]) -> None:
+    def __init__(
+        self, rewards: Sequence[tuple[Reward, RewardConfig]], *, pooled: bool = False
+    ) -> None:
         """Combine rewards with their configurations.
+
+        Args:
+            rewards: rewards and their configurations.
+            pooled: normalize over the samples of all processes, which then call it together.
 
         Raises:
             InputError: if every reward is `eval_only`, or a normalization is unknown.
@@ -56,6 +63,7 @@ class CombinedReward:
             for reward, config in training
         )
         self.range = _range(training)
+        self._pooled = pooled and any(c.normalize != "none" for _, c in training)
 
     def __call__(
         self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
@@ -74,7 +82,7 @@ class CombinedReward:
         raw = self._trained_on(samples, prompts, names)
         if samples.requires_grad and torch.is_grad_enabled():
             self._check_gradients(raw)
-        return combine_scores(raw, self.configs, prompts).total
+        return self._combined(raw, prompts).total
 
     def each(
         self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
@@ -85,9 +93,22 @@ class CombinedReward:
             InputError: as `details`.
         """
         raw = self._trained_on(samples, prompts, names)
-        normalized = combine_scores(raw, self.configs, prompts).normalized
+        normalized = self._combined(raw, prompts).normalized
         return torch.stack(
             [self.configs[name].weight * scores for name, scores in normalized.items()]
+        )
+
+    def _combined(self, raw: Mapping[str, Tensor], prompts: Sequence[str]) -> RewardDetails:
+        if not self._pooled or world_size() == 1:
+            return combine_scores(raw, self.configs, prompts)
+        everyone = gather(({name: scores.cpu() for name, scores in raw.items()}, list(prompts)))
+        pool = {name: torch.cat([scores[name] for scores, _ in everyone]) for name in raw}
+        texts = [prompt for _, part in everyone for prompt in part]
+        total, _, normalized = combine_scores(pool, self.configs, texts)
+        first = sum(len(part) for _, part in everyone[: rank()])
+        own = slice(first, first + len(prompts))
+        return RewardDetails(
+            total[own], dict(raw), {name: scores[own] for name, scores in normalized.items()}
         )
 
     def _trained_on(

@@ -276,6 +276,7 @@ class TrainConfig:
         resume_from_checkpoint: `latest`, a checkpoint folder, or nothing.
         report_to: trackers of accelerate besides `metrics.jsonl`, such as `tensorboard`.
         num_workers: data loader processes.
+        ddp_timeout: with several processes, seconds to wait for one that does not answer.
     """
 
     output_dir: str = "runs/latest"
@@ -302,6 +303,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = None
     report_to: list[str] = field(default_factory=list)
     num_workers: int = 0
+    ddp_timeout: int = 1800
 
 
 @dataclass(kw_only=True)
