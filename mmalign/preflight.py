@@ -23,6 +23,7 @@ from mmalign.config import (
     VlmDpoConfig,
     as_path,
 )
+from mmalign.data.files import is_shards
 from mmalign.types import InputError
 
 _INF = math.inf
@@ -43,6 +44,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "concurrency": (1, _INF),
     "curve_points": (0, _INF),
     "curve_prompts": (1, _INF),
+    "ddp_timeout": (1, _INF),
     "decode_batch_size": (1, _INF),
     "divergence_weight": (0, _INF),
     "early_stopping_patience": (1, _INF),
@@ -140,8 +142,8 @@ def check_config(config: object) -> None:
         leaf = name.rpartition(".")[2]
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_number(name, value, *RANGES.get(leaf, (-_INF, _INF)))
-        elif name == "pairs.path" and isinstance(config, OnlineDpoConfig):
-            continue  # every round makes its own
+        elif _comes_otherwise(config, name, value):
+            continue
         elif isinstance(value, str) and leaf in INPUT_PATHS:
             _check_input(name, value)
         elif isinstance(value, str) and leaf in MODELS:
@@ -157,6 +159,14 @@ def check_config(config: object) -> None:
     if isinstance(config, RunConfig):
         _check_evaluation(config.evaluation)
     _check_contents(config)
+
+
+def _comes_otherwise(config: object, name: str, value: object) -> bool:
+    """Tell whether a command does without an option that others need."""
+    if name == "pairs.path":
+        return isinstance(config, OnlineDpoConfig)  # every round makes its own pairs
+    # Every image of a shard comes with its own prompt.
+    return name == "prompts" and not value and is_shards(getattr(config, "images", None))
 
 
 def _options(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -15,10 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 from mmalign.config import RewardConfig
-from mmalign.data.files import atomic_path
+from mmalign.data.files import atomic_path, is_shards
 from mmalign.data.images import open_image
 from mmalign.data.listing import NamedImage, list_images
 from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._score_shards import score_shards
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import unique_names
 from mmalign.scoring import score_samples
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 def run(config: ScoreConfig) -> None:
     """Score every image and write `file_name`, `prompt` and one column per reward.
 
+    Shards of images are scored shard by shard: `mmalign.pipelines._score_shards`.
+
     Images are scored at their own size, so only neighbors of the same size share a batch.
 
     Raises:
@@ -40,6 +43,11 @@ def run(config: ScoreConfig) -> None:
             score.
     """
     configs = _reward_configs(config)
+    if is_shards(config.images):
+        score_shards(config, configs)
+        return
+    if not config.prompts:
+        raise InputError("prompts: is required, for a folder of images")
     rows = list_images(Path(config.images).expanduser(), Path(config.prompts).expanduser())
     device = resolve_device("auto")
     loaded = load_rewards(configs, device)

@@ -20,9 +20,11 @@ class PairsBuildConfig(ModelConfig, CandidatesConfig):
 
     Attributes:
         images: folder of existing candidates instead of sampling from `model`; `prompts` then
-            names which image belongs to which prompt.
-        output: folder that receives candidates, scores and `metadata.jsonl`.
-        num_shards: processes that share the work.
+            names which image belongs to which prompt. Or webdataset shards, as `mmalign score`
+            takes them, which need no `prompts`; the candidates of a prompt are in one shard.
+        output: folder that receives candidates, scores and `metadata.jsonl`; of shards, one shard
+            of pairs for each.
+        num_shards: processes that share the work; the launcher's own number when 1.
         shard: index of this process.
         on_bad_row: policy for unreadable images.
     """
@@ -102,28 +104,33 @@ class PairsLabelConfig:
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    """Score a folder of images.
+    """Score a folder of images, or webdataset shards of any number of images.
 
     Attributes:
         reward: reward names, repeated for several.
-        images: folder of images.
-        prompts: prompt file: one line per image in sorted order, or .jsonl with `file_name`,
-            `prompt`.
-        output: parquet file.
+        images: folder of images, or shards: a folder of .tar files, `folder/*.tar`, or
+            `folder/{000..010}.tar`, in which `KEY.png` has its prompt in `KEY.txt` or `KEY.json`.
+        prompts: prompt file of a folder of images: one line per image in sorted order, or .jsonl
+            with `file_name`, `prompt`.
+        output: parquet file; of shards a folder with one per shard, which a further run completes.
         batch_size: images scored at a time.
         options: keyword arguments per reward name.
         on_bad_row: policy for unreadable images.
         max_pixels: images with more pixels are refused before they are decoded.
+        num_shards: processes that share the shards; the launcher's own number when 1.
+        shard: index of this process.
     """
 
     reward: list[str] = field(default_factory=lambda: ["clip"])
     images: str = ""
-    prompts: str = ""
+    prompts: str | None = None
     output: str = "scores.parquet"
     batch_size: int = 32
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     on_bad_row: OnBadRow = "stop"
     max_pixels: int = 50_000_000
+    num_shards: int = 1
+    shard: int = 0
 
 
 @dataclass(kw_only=True)
