@@ -9,6 +9,7 @@ rounds against the base as reference. Every round but the last is a run folder o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from mmalign.lora import WEIGHTS_NAME
 from mmalign.pipelines import diffusion_dpo
 from mmalign.pipelines._evaluation import check_judge
 from mmalign.pipelines.pairs_build import build_pairs
-from mmalign.processes import is_main, launched, rank, together, world_size
+from mmalign.processes import from_main, is_main, launched, rank, together, world_size
 from mmalign.randomness import derive_seed
 from mmalign.types import InputError
 
@@ -45,21 +46,25 @@ def run(config: OnlineDpoConfig) -> None:
         raise InputError("adapter: rounds go on from a LoRA by lora.init_from")
     if config.resume_from_checkpoint not in (None, "latest"):
         raise InputError("resume_from_checkpoint: rounds go on with `latest` only")
-    if config.resume_from_checkpoint is None and _folder(config, 1).exists():
+    if launched()[1] > 1:  # sharing the candidates needs to know how many processes there are
+        make_accelerator(config, cpu=config.device == "cpu")
+    if config.resume_from_checkpoint is None and from_main(lambda: _folder(config, 1).exists()):
         raise InputError(
             f"output_dir: {config.output_dir} holds an earlier run; continue it with"
             " --resume_from_checkpoint latest, or choose another --output_dir"
         )
-    if launched()[1] > 1:  # sharing the candidates needs to know how many processes there are
-        make_accelerator(config, cpu=config.device == "cpu")
     adapter = config.lora.init_from
     for number in range(1, config.rounds + 1):
         done = _folder(config, number) / "adapter"
-        if number == config.rounds or not (done / WEIGHTS_NAME).exists():
+        if number == config.rounds or not from_main(_exists(done / WEIGHTS_NAME)):
             if is_main():
                 tqdm.write(f"round {number} of {config.rounds}")
             _round(config, number, adapter, started)
         adapter = str(done)
+
+
+def _exists(file: Path) -> Callable[[], bool]:
+    return lambda: file.exists()
 
 
 def _folder(config: OnlineDpoConfig, number: int) -> Path:
