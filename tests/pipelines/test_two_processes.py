@@ -127,8 +127,8 @@ def rounds(world: World) -> dict[str, Any]:
 
 
 def evaluated(world: World) -> dict[str, Any]:
-    """Evaluate while training, and stop when it does not help: at the first step."""
-    options = pairs(world, learning_rate=1e-9)
+    """Evaluate while training, and stop when it no longer helps."""
+    options = pairs(world, learning_rate=0.05)
     del options["beta"]
     evaluation = EvalConfig(
         prompts=world.prompts,
@@ -139,7 +139,7 @@ def evaluated(world: World) -> dict[str, Any]:
         early_stopping_patience=1,
     )
     sampling = SamplingConfig(num_inference_steps=2, guidance_scale=2.0, batch_size=2)
-    return {**options, "max_steps": 5, "evaluation": evaluation, "sampling": sampling}
+    return {**options, "max_steps": 4, "evaluation": evaluation, "sampling": sampling}
 
 
 JOBS = {
@@ -295,7 +295,7 @@ def test_two_processes_train_what_one_trains(name: str, world: World, two: Path)
             assert b[key] == pytest.approx(a[key], rel=1e-6, abs=limit), (key, a, b)
     weights, others = trained(one), trained(two / name)
     assert weights.keys() == others.keys()
-    if (one / "adapter").is_dir():
+    if (one / "adapter").is_dir() and name != "dro":  # whose best weights may be the first
         assert any("lora_B" in key and value.abs().max() > 1e-6 for key, value in weights.items())
     for key, value in weights.items():
         torch.testing.assert_close(others[key], value, rtol=0, atol=1e-6)
@@ -312,7 +312,7 @@ def test_evaluation_and_early_stopping_are_shared(world: World, two: Path) -> No
         for o in (one, two / "dro")
     ]
     assert [row["step"] for row in rows[0][0]] == [row["step"] for row in rows[1][0]]
-    assert len(rows[1][1]) < 5
+    assert len(rows[0][1]) == len(rows[1][1]) == rows[1][0][-1]["step"]
     for a, b in zip(rows[0][0], rows[1][0], strict=True):
         assert a == pytest.approx(b, rel=1e-6, abs=1e-6)
     summaries = [json.loads((o / "summary.json").read_text()) for o in (one, two / "dro")]
