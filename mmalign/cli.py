@@ -275,7 +275,9 @@ def _overview(group: Words) -> str:
     for words, command in COMMANDS.items():
         if words[: len(group)] == group:
             lines.append(f"  {' '.join(words):24}{command.summary}")
-    lines += ["", "mmalign COMMAND --help lists a command's options.", LAUNCH_HELP, ""]
+    lines += ["", "mmalign COMMAND --help lists a command's options.", ""]
+    if not group:
+        lines[-1:] = [LAUNCH_HELP, ""]
     return "\n".join(lines)
 
 

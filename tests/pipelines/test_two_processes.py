@@ -25,6 +25,7 @@ from mmalign.config import (
     DraftConfig,
     DroConfig,
     EvalConfig,
+    GenerationConfig,
     LoraConfig,
     MapoConfig,
     OnlineDpoConfig,
@@ -111,7 +112,8 @@ def vlm(world: World, **more: Any) -> dict[str, Any]:
 
 def held_out(world: World) -> dict[str, Any]:
     pairs = VlmPairsConfig(path=str(world.folder / "answers.jsonl"))
-    return vlm(world, eval_pairs=pairs, num_answers=2, cache_reference=False)
+    short = GenerationConfig(max_new_tokens=3)
+    return vlm(world, eval_pairs=pairs, num_answers=2, generation=short, cache_reference=False)
 
 
 def rounds(world: World) -> dict[str, Any]:
@@ -290,8 +292,10 @@ def test_two_processes_train_what_one_trains(name: str, world: World, two: Path)
     for a, b in zip(alone, shared, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            # A z-score divides by what the rewards of tiny random models differ by.
-            limit = 1e-5 if (name, key) == ("d3po", "reward") else 1e-6
+            # A z-score divides by what the rewards of tiny random models differ by, and a margin is
+            # the difference of sums of log-probs, whose last bits are so large.
+            rough = (name, key) == ("d3po", "reward") or (name[:3], key) == ("vlm", "margin")
+            limit = 1e-5 if rough else 1e-6
             assert b[key] == pytest.approx(a[key], rel=1e-6, abs=limit), (key, a, b)
     weights, others = trained(one), trained(two / name)
     assert weights.keys() == others.keys()
