@@ -8,8 +8,10 @@ import math
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,9 +19,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    LoggerType,
+    patch_environment,
+)
+from torch import nn
 
 from mmalign.config import TrainConfig, how_to_install
+from mmalign.sharding import FSDP, refuse_deepspeed, requested
 from mmalign.types import InputError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,14 +52,23 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
             raise InputError(f"report_to: no tracker {name!r}; there are {known}")
         if name in missing:
             raise InputError(f"report_to: {name} is not installed; {how_to_install(name)}")
+    refuse_deepspeed()
     try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            cpu=cpu,
-            log_with=config.report_to or None,
-            project_dir=config.output_dir,
-        )
+        # Dividing weights is `mmalign.sharding`'s, so accelerate is not told of it.
+        with patch_environment(**{FSDP: "false"}):
+            accelerator = Accelerator(
+                mixed_precision=config.mixed_precision,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                cpu=cpu,
+                log_with=config.report_to or None,
+                project_dir=config.output_dir,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout)),
+                    # Buffers are constants here, and processes need not run as many forwards each:
+                    # evaluation and cached references give them shares of different sizes.
+                    DistributedDataParallelKwargs(broadcast_buffers=False),
+                ],
+            )
     except ValueError as error:
         raise InputError(f"mixed_precision {config.mixed_precision}: {error}") from error
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -58,6 +76,18 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     # `accelerate launch` sets a number of its own through the environment.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     return accelerator
+
+
+def prepare_model(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Hand a network to accelerate, which wraps it where there are several processes.
+
+    One whose weights are divided averages its gradients itself.
+    """
+    with warnings.catch_warnings():
+        # Its successor does not exist in the oldest torch that is supported.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        prepared: nn.Module = accelerator.prepare_model(module, evaluation_mode=requested())
+    return prepared
 
 
 @contextmanager

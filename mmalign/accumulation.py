@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmalign.config import TrainConfig
+from mmalign.sharding import clip_gradients, requested
 from mmalign.types import StepOutput
 
 
@@ -71,7 +72,8 @@ def accumulate(
         ids.append(tuple(getattr(batch, "pair_ids", ())))
         reasons.append(output.idle)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+    clip = clip_gradients if requested() else accelerator.clip_grad_norm_
+    norm = clip(parameters, config.max_grad_norm or math.inf)
     table = torch.stack(rows)
     finite = table[:, 0].isfinite().tolist()
     reduced = accelerator.reduce(table, reduction="mean").cpu().double().mean(0).tolist()

@@ -9,10 +9,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from mmalign.launch import LAUNCH_HELP, relaunch, take_launch_options
+from mmalign.processes import GRACE_SECONDS, launched, leave, lost_contact, report
 from mmalign.types import InputError
 
 Words = tuple[str, ...]
@@ -199,16 +203,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"mmalign {version('mmalign')}\n")
         return 0
+    main_process = launched()[0] == 0
+    if not main_process:
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_BarHandler()])
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("mmalign").setLevel(logging.INFO)
+    logging.getLogger().setLevel(logging.WARNING if main_process else logging.ERROR)
+    logging.getLogger("mmalign").setLevel(logging.INFO if main_process else logging.ERROR)
+    code = _guarded(arguments)
+    if code and launched()[1] > 1:
+        sys.stdout.flush()
+        os._exit(code)  # an orderly end would wait for processes that are gone
+    return code
+
+
+def _guarded(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except InputError as error:
-        sys.stderr.write(f"error: {_one_line(str(error))}\n")
+        report(f"error: {_one_line(str(error))}\n")
         return 2
+    except RuntimeError as error:
+        lost = lost_contact(error)
+        if lost is None:
+            raise
+        time.sleep(GRACE_SECONDS)
+        report(f"error: {_one_line(lost)}\n")
+        return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        report("interrupted\n")
         return 130
 
 
@@ -221,6 +243,9 @@ def _dispatch(arguments: list[str]) -> int:
         following = ", ".join(key[1] for key in COMMANDS if key[0] == words[0])
         raise InputError(f"mmalign {words[0]}: say which: {following}")
     command = COMMANDS[words]
+    launch, arguments = take_launch_options(words, arguments)
+    if launch is not None:
+        return relaunch(launch, arguments)
     from mmalign import config
     from mmalign.options import parse_options
     from mmalign.preflight import check_config
@@ -235,6 +260,7 @@ def _dispatch(arguments: list[str]) -> int:
     module, _, function = command.target.partition(":")
     run: Callable[[Any], object] = getattr(importlib.import_module(module), function)
     run(options)
+    leave()
     return 0
 
 
@@ -282,6 +308,8 @@ def _overview(group: Words) -> str:
         if words[: len(group)] == group:
             lines.append(f"  {' '.join(words):24}{command.summary}")
     lines += ["", "mmalign COMMAND --help lists a command's options.", ""]
+    if not group:
+        lines[-1:] = [LAUNCH_HELP, ""]
     return "\n".join(lines)
 
 

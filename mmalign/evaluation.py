@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmalign.processes import gather_shared, is_main, share
 from mmalign.randomness import derive_seed, keyed_generator
 from mmalign.scoring import score_in_batches
 from mmalign.types import InputError
@@ -216,15 +217,20 @@ def sample_images(
     sampling: SamplingConfig,
     description: str = "sample",
 ) -> Tensor:
-    """Sample one image per prompt and seed in batches, with a bar; (N, 3, H, W) float32 on CPU."""
+    """Sample one image per prompt and seed in batches, with a bar; (N, 3, H, W) float32 on CPU.
+
+    Several processes, all of which have to call it, share the batches, and each gets all images.
+    """
+    starts = share(range(0, len(prompts), sampling.batch_size))
+    batches = [slice(start, start + sampling.batch_size) for start in starts]
+    total = sum(len(prompts[rows]) for rows in batches)
     parts = []
-    with tqdm(total=len(prompts), desc=description, unit="image") as bar:
-        for start in range(0, len(prompts), sampling.batch_size):
-            rows = slice(start, start + sampling.batch_size)
+    with tqdm(total=total, desc=description, unit="image", disable=not is_main()) as bar:
+        for rows in batches:
             images = adapter.sample(prompts[rows], seeds[rows], sampling)
             parts.append(images.float().cpu())
             bar.update(len(images))
-    return torch.cat(parts)
+    return torch.cat(gather_shared(parts))
 
 
 def evaluate_models(

@@ -28,6 +28,7 @@ from mmalign.config import (
     how_to_install,
     is_installed,
 )
+from mmalign.data.files import is_shards
 from mmalign.types import InputError
 
 _INF = math.inf
@@ -49,6 +50,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "concurrency": (1, _INF),
     "curve_points": (0, _INF),
     "curve_prompts": (1, _INF),
+    "ddp_timeout": (1, _INF),
     "decode_batch_size": (1, _INF),
     "divergence_weight": (0, _INF),
     "early_stopping_patience": (1, _INF),
@@ -155,7 +157,7 @@ def check_config(config: object) -> None:
         leaf = name.rpartition(".")[2]
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_number(name, value, *RANGES.get(leaf, (-_INF, _INF)))
-        elif _is_needless(config, name, value):
+        elif _comes_otherwise(config, name, value):
             continue
         elif isinstance(value, str) and leaf in INPUT_PATHS:
             _check_input(name, value)
@@ -175,6 +177,18 @@ def check_config(config: object) -> None:
     _check_contents(config)
 
 
+def _comes_otherwise(config: object, name: str, value: object) -> bool:
+    """Tell whether a command does without an option that others need."""
+    if name == "pairs.path":
+        return isinstance(config, OnlineDpoConfig)  # every round makes its own pairs
+    if value:
+        return False
+    # Answers bring their prompts and name their images; images of a shard bring their prompts.
+    if isinstance(config, ScoreConfig | PairsBuildConfig) and config.responses is not None:
+        return name in ("images", "prompts")
+    return name == "prompts" and is_shards(getattr(config, "images", None))
+
+
 def _options(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
@@ -185,14 +199,6 @@ def _options(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield from _options(item, f"{place}.")
             else:
                 yield place, item
-
-
-def _is_needless(config: object, name: str, value: object) -> bool:
-    if name == "pairs.path" and isinstance(config, OnlineDpoConfig):
-        return True  # every round makes its own
-    # Answers bring their prompts, and name their images.
-    given = isinstance(config, ScoreConfig | PairsBuildConfig) and config.responses is not None
-    return given and not value and name in ("images", "prompts")
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:

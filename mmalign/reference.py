@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmalign.config import LoraConfig, ReferenceConfig
 from mmalign.types import ImageAdapter, InputError, VlmAdapter
@@ -34,6 +35,11 @@ class Reference(ABC):
         self._config = config
         self._tracked = tracked
         self._is_active = False
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network that the reference has of its own, if it has one."""
+        return None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -110,8 +116,9 @@ class _AdapterReference(Reference):
                     layer.set_adapter(REFERENCE_NAME)
                 else:
                     layer.enable_adapters(False)
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
+            for parameter, flag in flags:
+                # FSDP2 copies the flag when a layer is first put together, and never again.
+                parameter.requires_grad_(flag and isinstance(parameter, DTensor))
             yield
         finally:
             for layer in self._layers:
@@ -137,6 +144,11 @@ class _CopyReference(Reference):
             name: (value, policy[name]) for name, value in frozen if value is not policy[name]
         }
         super().__init__(config, tracked)
+
+    @property
+    def network(self) -> nn.Module:
+        """The frozen copy."""
+        return self._copy
 
     @contextmanager
     def _switched(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmalign.endpoint import EndpointError
+from mmalign.processes import gather_shared, is_main, share, together
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def score_in_batches(
     """Score many samples without gradients, `batch_size` at a time, with a bar.
 
     Where memory runs out, the batch is halved and a warning says so.
+    Several processes, all of which have to call it with the same samples, share the batches.
 
     Returns:
         Scores (B,), float64 on CPU.
@@ -198,16 +200,20 @@ def score_in_batches(
     if not len(samples) == len(prompts) == len(labels):
         raise InputError(f"{len(samples)} samples but {len(prompts)} prompts, {len(labels)} names")
     batched = BatchedReward(reward, batch_size)
-    parts = [torch.zeros(0, dtype=torch.float64)]
-    start = 0
-    with torch.no_grad(), tqdm(total=len(samples), desc=f"score {reward.name}") as bar:
-        while start < len(samples):
-            rows = slice(start, start + (batched.batch_size or batch_size))
+    starts = share(range(0, len(samples), batch_size))
+    bar = tqdm(starts, f"score {reward.name}", unit="batch", disable=not is_main())
+
+    def score() -> list[Tensor]:
+        parts = []
+        for start in bar:
+            rows = slice(start, start + batch_size)
             scores = batched(samples[rows], prompts[rows], labels[rows])
             parts.append(scores.to("cpu", torch.float64))
-            start += len(scores)
-            bar.update(len(scores))
-    return torch.cat(parts)
+        return parts
+
+    with torch.no_grad(), bar:
+        parts = gather_shared(together(score))
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
 def _labels(samples: Tensor | Sequence[Response], names: Sequence[str] | None) -> list[str]:

@@ -27,6 +27,7 @@ from mmalign.accumulation import Measured, accumulate
 from mmalign.config import TrainConfig
 from mmalign.metrics_log import MetricsLog
 from mmalign.monitor import Monitor
+from mmalign.processes import gather
 from mmalign.randomness import derive_seed
 from mmalign.training_state import Stateful, TrainingState
 from mmalign.types import InputError, StepOutput
@@ -64,10 +65,13 @@ class TrainResult:
 class Trainer:
     """Runs optimizer steps, logs them, and keeps checkpoints in `<output_dir>/checkpoints`.
 
-    Only trainable parameters are optimized and saved. In a distributed run the caller prepares the
-    module with `accelerator.prepare_model`, so that `step` runs the wrapped one, and gives each
-    process its own `batches`. After SIGTERM or Ctrl-C the run is saved at the end of the step and
-    exits with code 143 or 130.
+    Only trainable parameters are optimized and saved. Of several processes each has its own
+    `batches`, and `step` runs the module that `accelerator.prepare_model` returned. After SIGTERM
+    or Ctrl-C the run is saved at the end of the step and exits with code 143 or 130.
+
+    Attributes:
+        ema: the exponential average, if there is one.
+        coupled: set it where the samples of a forward change each other's loss.
     """
 
     def __init__(
@@ -109,7 +113,7 @@ class Trainer:
         self._step, self._batches, self._backward = step, batches, backward
         self._on_step = on_step
         self._parameters = list(parameters.values())
-        self._monitor, self._stop = Monitor(), StopSignal()
+        self._monitor, self._stop, self.coupled = Monitor(), StopSignal(), False
         self._log: MetricsLog | None = None
         optimizer = torch.optim.AdamW(
             self._parameters,
@@ -146,6 +150,7 @@ class Trainer:
             SystemExit: code 143 after SIGTERM, 130 after Ctrl-C.
         """
         config = self._config
+        self._state.coupled = self.coupled
         start = step = self._state.resume()
         metrics: dict[str, float] = {}
         main = self._accelerator.is_main_process
@@ -182,11 +187,7 @@ class Trainer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Put the exponential average into the module for the duration of the block.
-
-        Raises:
-            ValueError: `ema_decay` is not set.
-        """
+        """Put the exponential average, which must be on, into the module for the block."""
         if self.ema is None:
             raise ValueError("there is no average: ema_decay is not set")
         self.ema.store(self._parameters)
@@ -211,9 +212,10 @@ class Trainer:
                 backward=self._backward,
             )
         except InputError as error:
-            if self._accelerator.num_processes > 1:  # the others are in the middle of the step
-                raise
-            raise InputError(f"{error}; {self._keep(step - 1)}") from error
+            # Of several processes the others are in the middle of the step, so nothing is saved.
+            several = self._accelerator.num_processes > 1
+            kept = self._state.kept if several else self._keep(step - 1)
+            raise InputError(f"{error}; {kept}") from error
         lr = self._config.learning_rate * self._lr_factor(step - 1)
         metrics = {**measured.values, "grad_norm": measured.grad_norm, "lr": lr}
         if measured.idle is not None:
@@ -243,8 +245,8 @@ class Trainer:
         self._skip_update()
         loss, norm = measured.values["loss"], measured.grad_norm
         what = f"step {step}: loss {loss:g}, gradient norm {norm:g}"
-        if measured.bad_ids:
-            what += f", in pairs {', '.join(measured.bad_ids[:8])}"
+        if bad_ids := [name for names in gather(measured.bad_ids) for name in names]:
+            what += f", in pairs {', '.join(bad_ids[:8])}"
         skip = self._config.on_nan == "skip"
         if skip and self._monitor.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             self._monitor.skip()
@@ -272,7 +274,7 @@ class Trainer:
         """Save the weights after `step` unless they are saved, and say where they are."""
         if step > self._state.last_step:
             self._save(step)
-        return f"last good weights: {self._state.last_path or 'those it began with'}"
+        return self._state.kept
 
     def _save_or_stop(self, step: int) -> None:
         config, stop = self._config, self._stop.agreed(self._accelerator)

@@ -24,7 +24,12 @@ from mmalign.checkpoint import (
     unpack,
 )
 from mmalign.config import TrainConfig, as_path
+from mmalign.processes import from_main, gather, together, world_size
+from mmalign.sharding import divided_like, full
 from mmalign.types import InputError
+
+BATCH = "samples per step (batch size x accumulation x processes)"
+FORWARD = "samples per forward of all processes"
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +49,9 @@ class Stateful(Protocol):
 class TrainingState:
     """Trainable parameters, optimizer, loss scaler, average and further parts of one run.
 
-    `last_step` and `last_path` name the checkpoint saved or loaded last.
+    `last_step` and `last_path` name the checkpoint saved or loaded last. Where `coupled` is set the
+    samples of a forward, on all processes together, change each other's loss, so a resumed run may
+    not divide a step into other forwards.
     """
 
     def __init__(
@@ -60,7 +67,7 @@ class TrainingState:
         """Remember the objects; their state is read and written later."""
         self._config, self._accelerator = config, accelerator
         self._parameters, self._optimizer, self._ema = parameters, optimizer, ema
-        self._parts = parts
+        self._parts, self.coupled = parts, False
         self._folder = Path(config.output_dir) / "checkpoints"
         self.last_step = 0
         self.last_path: Path | None = None
@@ -77,16 +84,22 @@ class TrainingState:
             InputError: it cannot be written; earlier checkpoints are intact.
         """
         skeleton, tensors = pack(self._capture())
-        if self._accelerator.is_main_process:
-            save_checkpoint(
+        weights = {name: full(value.detach()) for name, value in self._parameters.items()}
+        from_main(
+            lambda: save_checkpoint(
                 self._folder,
                 step,
-                {"model": self._parameters, "training": tensors},
+                {"model": weights, "training": tensors},
                 {"run": self._identity(), "training": skeleton},
                 self._config.save_total_limit,
             )
-        self._accelerator.wait_for_everyone()
+        )
         self.last_step, self.last_path = step, self._folder / f"checkpoint-{step}"
+
+    @property
+    def kept(self) -> str:
+        """Say where the weights of the last checkpoint are."""
+        return f"last good weights: {self.last_path or 'those it began with'}"
 
     def resume(self) -> int:
         """Restore the checkpoint that `resume_from_checkpoint` asks for.
@@ -97,8 +110,18 @@ class TrainingState:
 
         Raises:
             InputError: the checkpoint is damaged or of another run, newer ones would be overtaken,
-                or a fresh run would mix with the checkpoints of an earlier one.
+                a fresh run would mix with the checkpoints of an earlier one, or processes see
+                different folders.
         """
+        step = together(self._resume)
+        if len(set(gather(step))) > 1:
+            raise InputError(
+                f"{self._folder}: processes found different checkpoints there; output_dir must be"
+                " on a file system that all of them share"
+            )
+        return step
+
+    def _resume(self) -> int:
         wanted, existing = self._config.resume_from_checkpoint, list_checkpoints(self._folder)
         if wanted is None:
             if existing:
@@ -123,26 +146,35 @@ class TrainingState:
         return checkpoint.step
 
     def _identity(self) -> dict[str, str | int]:
-        """What must be equal for a resumed run to continue the same trajectory."""
+        """What must be equal for a resumed run to continue the same trajectory.
+
+        The samples of a step are the same however many processes and forwards share them.
+        """
+        forward = self._config.per_device_train_batch_size * world_size()
+        division = {BATCH: forward * self._config.gradient_accumulation_steps}
+        if self.coupled:
+            division[FORWARD] = forward
         return {
             "config": type(self._config).__name__,
             "seed": self._config.seed,
-            "per_device_train_batch_size": self._config.per_device_train_batch_size,
-            "gradient_accumulation_steps": self._config.gradient_accumulation_steps,
-            "num_processes": self._accelerator.num_processes,
+            **division,
         }
 
     def _capture(self) -> dict[str, Any]:
         scaler = self._accelerator.scaler
         return {
-            "optimizer": {name: self._optimizer.state[p] for name, p in self._parameters.items()},
+            "optimizer": {
+                name: {k: full(v) for k, v in self._optimizer.state[p].items()}
+                for name, p in self._parameters.items()
+            },
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        _must_match(checkpoint, "run", checkpoint.state.get("run"), self._identity())
+        identity = self._identity()
+        _must_match(checkpoint, "run", _division(checkpoint.state.get("run"), identity), identity)
         saved = {name: list(value.shape) for name, value in checkpoint.tensors["model"].items()}
         shapes = {name: list(value.shape) for name, value in self._parameters.items()}
         _must_match(checkpoint, "trained weights", saved, shapes)
@@ -155,7 +187,8 @@ class TrainingState:
         )
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(checkpoint.tensors["model"][name])
+                saved_value = checkpoint.tensors["model"][name].to(parameter.dtype)
+                parameter.copy_(divided_like(saved_value, parameter))
         self._restore_optimizer(training["optimizer"])
         scaler = self._accelerator.scaler
         if scaler is not None and training["scaler"] is not None:
@@ -169,9 +202,24 @@ class TrainingState:
 
     def _restore_optimizer(self, saved: Mapping[str, Any]) -> None:
         """Restore the moments; learning rate and the like come from the configuration."""
-        state = {index: saved[name] for index, name in enumerate(self._parameters) if saved[name]}
+        state = {
+            index: {k: divided_like(v, parameter) for k, v in saved[name].items()}
+            for index, (name, parameter) in enumerate(self._parameters.items())
+            if saved[name]
+        }
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _division(saved: Any, identity: Mapping[str, Any]) -> Any:
+    """Read how a step was divided; the first checkpoints name its factors instead."""
+    factors = ("per_device_train_batch_size", "num_processes", "gradient_accumulation_steps")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(f), int) for f in factors):
+        return saved
+    rest = {name: value for name, value in saved.items() if name not in factors}
+    forward = saved[factors[0]] * saved[factors[1]]
+    known = {BATCH: forward * saved[factors[2]], FORWARD: forward}
+    return rest | {name: value for name, value in known.items() if name in identity}
 
 
 def _must_match(checkpoint: Checkpoint, what: str, saved: Any, current: Mapping[str, Any]) -> None:

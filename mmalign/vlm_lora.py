@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from mmalign.config import VlmLoraConfig, as_path
 from mmalign.lora import ADAPTER_NAME, attach_lora
+from mmalign.processes import is_main
+from mmalign.sharding import full
 from mmalign.types import InputError
 
 LANGUAGE_MODEL = "model.language_model"
@@ -74,6 +76,8 @@ def attach_vlm_lora(model: nn.Module, config: VlmLoraConfig, seed: int) -> None:
 def save_vlm_lora(model: nn.Module, folder: Path | str, base: str) -> Path:
     """Write the LoRA of `model` as PEFT does; each file appears complete or not at all.
 
+    Several processes call it together, and the main one writes.
+
     Args:
         model: has the LoRA.
         folder: receives `adapter_model.safetensors` and `adapter_config.json`.
@@ -84,7 +88,9 @@ def save_vlm_lora(model: nn.Module, folder: Path | str, base: str) -> Path:
     """
     bare: Any = extract_model_from_parallel(model)
     state = get_peft_model_state_dict(bare, adapter_name=ADAPTER_NAME)
-    tensors = {f"{_PREFIX}{n}": t.detach().cpu().contiguous() for n, t in state.items()}
+    tensors = {f"{_PREFIX}{n}": full(t.detach()).cpu().contiguous() for n, t in state.items()}
+    if not is_main():
+        return Path(folder)
     settings = replace(
         bare.peft_config[ADAPTER_NAME], base_model_name_or_path=base, inference_mode=True
     )

@@ -20,7 +20,8 @@ from mmalign.config import EvalConfig, RunConfig
 from mmalign.evaluation import measure_images, plan, sample_images
 from mmalign.metrics_log import MetricsLog
 from mmalign.pipelines._evaluation import Judges, evaluation_prompts
-from mmalign.pipelines._meter import CostMeter
+from mmalign.pipelines._meter import COUNTS, CostMeter
+from mmalign.processes import from_main
 from mmalign.types import ImageAdapter, InputError
 
 FILE = "evaluations.jsonl"
@@ -164,8 +165,9 @@ class Curve:
                 self.stopping.update(step, metrics)
             if self.track is not None:
                 self.track(step, metrics, images)
+        counts = self._meter.counts()
         if self._log is not None:
-            self._log.write(step, {**metrics, **self._meter.counts()})
+            self._log.write(step, {**metrics, **counts})
             self._log.sync()
 
     def final_weights(self) -> AbstractContextManager[None]:
@@ -190,9 +192,11 @@ class Curve:
             return
         self._log = MetricsLog(self._path, keep_until=step - 1)
         if step == 1:
-            self._log.write(0, {**self._first, **CostMeter().counts()})
+            self._log.write(0, {**self._first, **dict.fromkeys(COUNTS, 0)})
 
     def _measured(self, images: Tensor) -> dict[str, float]:
-        return measure_images(
+        """Measure images; the main process's numbers count, so that all stop at the same step."""
+        measured = measure_images(
             images, self._prompts, rewards=self._judges.rewards, judge=self._judges.judge
         )
+        return from_main(lambda: measured)

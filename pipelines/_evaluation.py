@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +72,16 @@ class Subject:
 
 
 def resolve_device(name: str) -> str:
-    """Turn `auto` into the accelerator that is there, else `cpu`."""
-    if name != "auto":
+    """Turn `auto` into the accelerator that is there, else `cpu`; each process has its own."""
+    if name not in ("auto", "cuda"):
         return name
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
+    if accelerator is None:
+        return "cpu" if name == "auto" else name
+    local = os.environ.get("LOCAL_RANK")
+    return accelerator.type if local is None else f"{accelerator.type}:{local}"
 
 
 def check_judge(rewards: Sequence[RewardConfig], config: EvalConfig) -> None:

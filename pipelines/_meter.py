@@ -9,6 +9,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from mmalign.processes import added_up, is_main
+
+COUNTS = ("unet_forwards", "unet_backwards", "reward_queries")
+
 
 class Score(Protocol):
     """Scores images (B, 3, H, W) of prompts, (B,); `names` are theirs in messages."""
@@ -22,8 +26,8 @@ class CostMeter:
     """Counts between `running` and its end, except where it is `paused`; kept in the checkpoint.
 
     Both halves of classifier-free guidance count, and so do the reference, sampling, a distilling
-    teacher, and a forward that gradient checkpointing repeats. Evaluation does not. With several
-    processes each counts its own.
+    teacher, and a forward that gradient checkpointing repeats. Evaluation does not. Each process
+    counts its own; what is returned is the sum, so all of several processes ask together.
 
     Attributes:
         unet_forwards: rows (one latent image each) that went through the denoiser.
@@ -48,11 +52,7 @@ class CostMeter:
 
     def counts(self) -> dict[str, float]:
         """Return what was counted, without the time: the same in every run of a configuration."""
-        return {
-            "unet_forwards": self.unet_forwards,
-            "unet_backwards": self.unet_backwards,
-            "reward_queries": self.reward_queries,
-        }
+        return added_up({name: getattr(self, name) for name in COUNTS})
 
     def cost(self) -> dict[str, float]:
         """Return everything, as `summary.json` has it."""
@@ -103,8 +103,8 @@ class CostMeter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the counts of a checkpoint."""
-        for name in self.counts():
-            setattr(self, name, state[name])
+        for name in COUNTS:
+            setattr(self, name, state[name] if is_main() else 0)
         self._seconds = state["train_seconds"]
         self._since = None if self._since is None else time.monotonic()
 

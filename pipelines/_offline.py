@@ -51,6 +51,7 @@ def train_offline(
     families: Sequence[str],
     draws: Callable[[ImageAdapter], Draws],
     make_step: Callable[[Run], Step],
+    coupled: bool = False,
     started: float | None = None,
 ) -> RunSummary:
     """Train on pairs, save the adapter, evaluate, and write the run folder.
@@ -61,6 +62,7 @@ def train_offline(
         families: model families that the method trains.
         draws: says what is drawn per pair, given the model.
         make_step: makes the step from the run.
+        coupled: the samples of a forward change each other's loss.
         started: `time.monotonic()` of the beginning of the job, if that was before this call.
 
     Raises:
@@ -76,7 +78,8 @@ def train_offline(
         pairs = _encode(config, table, adapter)
         run = prepare(config, adapter, accelerator)
         feed = _Feed(config, pairs, draws(adapter), accelerator)
-        return Job(run=run, step=feed.staged(make_step(run)), batches=feed.batches)
+        step = feed.staged(make_step(run))
+        return Job(run=run, step=step, batches=feed.batches, coupled=coupled)
 
     return train_and_compare(
         config, method=method, families=families, set_up=set_up, started=started

@@ -2,7 +2,7 @@
 
 A method's pipeline gives a function that makes its step. Prompts, their encodings, the sampler and
 the rewards are wired here, the rest of the run in `_training`. All randomness of a step is keyed by
-(seed, step, position, row), so a resumed run draws what an uninterrupted one would have drawn.
+(seed, step, row of the step), so a resumed run draws what an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ DECODE_BATCH = 8
 class PromptBatch(NamedTuple):
     """B prompts of one micro-batch.
 
-    `keys` are the keys of each row's draws; `pair_ids` name the rows in messages.
+    `keys` are the keys of each row's draws: (seed, step, 0, row of the step). They do not depend
+    on how the rows of a step are divided into micro-batches and processes. `step_key` is that of
+    draws which all rows of a step share. `pair_ids` name the rows in messages.
     """
 
     prompts: tuple[str, ...]
     keys: tuple[tuple[Key, ...], ...]
+    step_key: tuple[Key, ...]
     pair_ids: tuple[str, ...]
     condition: Condition
 
@@ -107,10 +110,10 @@ class OnlineRun:
 
 
 def drawn_steps(batch: PromptBatch, candidates: Sequence[int], count: int | None) -> list[int]:
-    """Choose the sampler steps that a micro-batch trains, in order; all when `count` is None."""
+    """Choose the sampler steps that a step trains, in order; all when `count` is None."""
     if count is None or count >= len(candidates):
         return list(candidates)
-    generator = keyed_generator(*batch.keys[0], "trained steps")
+    generator = keyed_generator(*batch.step_key, "trained steps")
     chosen = torch.randperm(len(candidates), generator=generator)[:count]
     return sorted(candidates[index] for index in chosen.tolist())
 
@@ -206,7 +209,7 @@ def train_online(
     check_judge(config.rewards, config.evaluation)
     prompts = read_prompts(config.prompts, config.num_prompts)
     loaded = load_rewards(config.rewards, resolve_device(config.device))
-    reward = CombinedReward(loaded, config.combine)
+    reward = CombinedReward(loaded, config.combine, pooled=not needs_gradient)
     if needs_gradient:
         _check_gradient(reward, method)
     config = replace(config, evaluation=with_watched(config.evaluation, config.rewards))
@@ -229,7 +232,9 @@ def train_online(
         step = make_step(online)
         if reward.watch is not None:
             step = log.logged(step)
-        return Job(run=run, step=step, batches=feed.batches, backward=backward)
+        return Job(
+            run=run, step=step, batches=feed.batches, backward=backward, coupled=reward.compares
+        )
 
     return train_and_compare(
         config, method=method, families=families, set_up=set_up, started=started
@@ -280,9 +285,11 @@ class _PromptFeed:
 
     def _batch(self, step: int, position: int, indices: list[int]) -> PromptBatch:
         device = self._accelerator.device
+        rows = range(position * len(indices), (position + 1) * len(indices))
         return PromptBatch(
             prompts=tuple(self._prompts[index] for index in indices),
-            keys=tuple((self._config.seed, step, position, row) for row in range(len(indices))),
+            keys=tuple((self._config.seed, step, 0, row) for row in rows),
+            step_key=(self._config.seed, step, 0, 0),
             pair_ids=tuple(f"step {step + 1} prompt {index + 1}" for index in indices),
             condition={k: value[indices].to(device) for k, value in self._condition.items()},
         )

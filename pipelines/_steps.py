@@ -17,6 +17,7 @@ from mmalign.config import OfflineConfig
 from mmalign.data.batch import PairBatch
 from mmalign.diffusion import denoising_error, training_target
 from mmalign.pipelines._training import Run, Step
+from mmalign.processes import gather
 from mmalign.types import ImageAdapter, InputError, StepOutput
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
@@ -86,10 +87,11 @@ class DenoisingMeasure:
         return denoising_error(self._predict(batch), target)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the cached errors."""
+        """Return the errors that any process has cached."""
+        known = {key: errors for found in gather(self._known) for key, errors in found.items()}
         return {
-            "keys": list(self._known),
-            "errors": torch.tensor(list(self._known.values()), dtype=torch.float32),
+            "keys": list(known),
+            "errors": torch.tensor(list(known.values()), dtype=torch.float32),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

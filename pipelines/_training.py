@@ -20,12 +20,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mmalign.accelerator import make_accelerator, track_evaluation
+from mmalign import sharding
+from mmalign.accelerator import make_accelerator, prepare_model, track_evaluation
 from mmalign.adapters import load_adapter, no_file_bars
 from mmalign.checkpoint import list_checkpoints
 from mmalign.config import RunConfig, changed_options, dump_config
 from mmalign.data.files import write_bytes
 from mmalign.data.order import BatchPlan
+from mmalign.evaluation import Evaluation
 from mmalign.lora import attach_lora, save_lora
 from mmalign.pipelines._curve import Curve
 from mmalign.pipelines._evaluation import (
@@ -40,6 +42,7 @@ from mmalign.pipelines._evaluation import (
 )
 from mmalign.pipelines._kl import base_of, kl_to_base
 from mmalign.pipelines._meter import CostMeter
+from mmalign.processes import from_main
 from mmalign.reference import Reference, make_reference
 from mmalign.report import RunSummary
 from mmalign.trainer import Trainer
@@ -51,6 +54,7 @@ MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit"),
     *("logging_steps", "report_to", "num_workers", "device", "offline", "evaluation"),
     *("eval_pairs", "generation", "num_answers", "image_cache_mib", "cache_dir"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"),
 }
 """Options that a continued run may have changed without another result being expected."""
 logger = logging.getLogger(__name__)
@@ -85,12 +89,14 @@ class Job:
         step: loss and metrics of one micro-batch.
         batches: given the number of optimizer steps done, yields the micro-batches that follow.
         backward: False when `step` calls `accelerator.backward` itself.
+        coupled: the samples of a forward change each other's loss.
     """
 
     run: Run
     step: Step
     batches: Callable[[int], Iterable[Any]]
     backward: bool = True
+    coupled: bool = False
 
 
 def batch_plan(config: RunConfig, accelerator: Accelerator, start_step: int) -> BatchPlan:
@@ -127,8 +133,8 @@ def train_and_compare(
         InputError: anything in the options or the model is unusable.
     """
     output = Path(config.output_dir)
-    judges = judge_rewards(config.evaluation, config.device)
     accelerator = make_accelerator(config, cpu=config.device == "cpu")
+    judges = judge_rewards(config.evaluation, config.device)
     adapter = load_adapter(config, device=accelerator.device)
     if adapter.family not in families:
         raise InputError(
@@ -136,8 +142,7 @@ def train_and_compare(
             f"{' and '.join(families)}"
         )
     resolved = dump_config(config)
-    changes = changed_since(output, resolved)
-    write_bytes(output / "config.yaml", resolved.encode())
+    changes = from_main(lambda: begin_folder(output, resolved))
     before = sample_side(adapter, config.evaluation, config.sampling, "sample base")
     job = set_up(adapter, accelerator)
     curve = _curve(config, job.run, judges, before)
@@ -156,13 +161,14 @@ def train_and_compare(
         on_step=after_step,
         backward=job.backward,
     )
+    trainer.coupled = job.coupled
     if trainer.ema is not None:
         curve.averaged = trainer.averaged_weights
     with closing(curve), job.run.meter.running():
         result = trainer.train()
     adapter.denoiser = accelerator.unwrap_model(adapter.denoiser)
     with curve.final_weights():
-        _save(config, adapter, output)
+        from_main(lambda: _save(config, adapter, output))
         after = sample_side(adapter, config.evaluation, config.sampling, "sample aligned")
         divergence = _divergence(config, job.run)
     evaluation = measure(before, after, config.evaluation, judges, config.sampling.seed)
@@ -180,6 +186,10 @@ def train_and_compare(
         cost=job.run.meter.cost(),
         lora=config.lora.enabled,
     )
+    return from_main(lambda: _report(output, subject, evaluation))
+
+
+def _report(output: Path, subject: Subject, evaluation: Evaluation | None) -> RunSummary:
     summary = write_results(output, subject, evaluation)
     if evaluation is not None:
         tqdm.write(results_table(evaluation))
@@ -188,7 +198,13 @@ def train_and_compare(
 
 
 def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) -> Run:
-    """Attach what is trained and its reference, then hand the denoiser to accelerate."""
+    """Attach what is trained and its reference, then hand the denoiser to accelerate.
+
+    Raises:
+        InputError: options are unusable, or the launcher asks for divided weights.
+    """
+    if sharding.requested():
+        raise InputError("accelerate_config: fsdp2 is for vision-language models; use ddp")
     denoiser: Any = adapter.denoiser
     if config.lora.enabled:
         attach_lora(denoiser, config.lora, config.seed)
@@ -199,7 +215,7 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     if config.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     reference = make_reference(adapter, config.lora, config)
-    adapter.denoiser = accelerator.prepare_model(denoiser)
+    adapter.denoiser = prepare_model(accelerator, denoiser)
     meter = CostMeter()
     meter.watch(denoiser)
     with reference.active():  # after full fine-tuning's deep copy, a network of its own
@@ -212,8 +228,18 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     )
 
 
-def changed_since(output: Path, resolved: str) -> list[str]:
-    """Say which options a continued run does not have from its beginning."""
+def begin_folder(output: Path, resolved: str) -> list[str]:
+    """Write the configuration; say which options a continued run does not have from its beginning.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    changes = _changed_since(output, resolved)
+    write_bytes(output / "config.yaml", resolved.encode())
+    return changes
+
+
+def _changed_since(output: Path, resolved: str) -> list[str]:
     file = output / "config.yaml"
     if not (file.exists() and list_checkpoints(output / "checkpoints")):
         return []

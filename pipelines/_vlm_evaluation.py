@@ -10,13 +10,16 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mmalign.adapters._answers import question_batches
 from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import GenerationConfig, VlmDpoConfig
 from mmalign.data.vlm_readers import read_vlm_pairs
 from mmalign.evaluation import mean_ci
 from mmalign.pipelines._vlm_pairs import EncodedPairs
 from mmalign.pipelines._vlm_trial import AnswerTrial
+from mmalign.processes import gather, gather_shared, is_main, share
 from mmalign.report import AnswerComparison, WinRateSummary
+from mmalign.sharding import requested
 from mmalign.types import Branches, Question
 
 BAR_DELAY = 1.0
@@ -106,23 +109,45 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, description: str) -> Side:
-        """Score the pairs and answer some questions with the model as it is."""
+        """Score the pairs and answer some questions with the model as it is.
+
+        Several processes, all of which have to call it, share both; where weights are divided, all
+        do everything, because they have to run as many forwards.
+        """
         names = ("chosen_logp", "rejected_logp", "logp_accuracy", "logp_margin")
-        values: dict[str, list[float]] = {name: [] for name in names}
-        for index in tqdm(range(len(self._pairs)), description, unit="pair", delay=BAR_DELAY):
-            pair = self._pairs[index]
-            features = None
-            if pair.images is not None:
-                features = self._adapter.encode_images(self._pairs.images(index))
-            branches = Branches(pair.prefix_ids, (pair.chosen_ids, pair.rejected_ids), features)
-            (sides,) = self._adapter.token_logps([branches])
-            chosen, rejected = (float(logps.mean()) for logps in sides)
-            gap = chosen - rejected
-            accuracy = 0.5 + 0.5 * ((gap > 0) - (gap < 0))
-            for name, value in zip(names, (chosen, rejected, accuracy, gap), strict=True):
-                values[name].append(value)
-        generation: GenerationConfig = self._config.generation
-        return Side(values, self._adapter.generate(self.questions, generation))
+        everything = range(len(self._pairs))
+        mine = everything if requested() else share(everything)
+        bar = tqdm(mine, description, unit="pair", delay=BAR_DELAY, disable=not is_main())
+        rows = [self._score(index) for index in bar]
+        rows = rows if requested() else gather_shared(rows)
+        columns = map(list, zip(*rows, strict=True))
+        return Side(dict(zip(names, columns, strict=True)), self._answered())
+
+    def _score(self, index: int) -> tuple[float, float, float, float]:
+        """Measure one pair."""
+        pair = self._pairs[index]
+        features = None
+        if pair.images is not None:
+            features = self._adapter.encode_images(self._pairs.images(index))
+        branches = Branches(pair.prefix_ids, (pair.chosen_ids, pair.rejected_ids), features)
+        (sides,) = self._adapter.token_logps([branches])
+        chosen, rejected = (float(logps.mean()) for logps in sides)
+        gap = chosen - rejected
+        return chosen, rejected, 0.5 + 0.5 * ((gap > 0) - (gap < 0)), gap
+
+    def _answered(self) -> list[str]:
+        """Answer the questions, whole batches at a time, so that sharing changes no answer."""
+        config: GenerationConfig = self._config.generation
+        # Draws at a temperature are keyed by the questions before, in this list.
+        if config.temperature > 0 or requested():
+            return self._adapter.generate(self.questions, config)
+        places = share(list(question_batches(self.questions, config.batch_size)))
+        answers = [self._adapter.generate([self.questions[i] for i in p], config) for p in places]
+        found: dict[int, str] = {}
+        for part in gather([*zip(places, answers, strict=True)]):
+            for batch, texts in part:
+                found |= zip(batch, texts, strict=True)
+        return [found[i] for i in range(len(self.questions))]
 
     def compare(self, before: Side, after: Side) -> VlmEvaluation:
         """Compare two models on the same pairs."""

@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmalign.processes import added_up, is_main
+
 
 class VlmMeter:
     """Counts between the begin and the end of `running`; kept in the checkpoint.
 
     Padding counts, as the network computes it, and so does the reference; what gradient
-    checkpointing repeats does not. With several processes each counts its own.
+    checkpointing repeats does not. Each process counts its own; what is returned is the sum, so
+    all of several processes ask together.
 
     Attributes:
         tokens_forward: tokens that went through the language model.
@@ -34,12 +37,11 @@ class VlmMeter:
 
     def cost(self) -> dict[str, float]:
         """Return everything, as `summary.json` has it."""
-        running = 0.0 if self._since is None else time.monotonic() - self._since
-        return {
+        tokens = {
             "tokens_forward": self.tokens_forward,
             "tokens_backward": self.tokens_backward,
-            "train_seconds": self._seconds + running,
         }
+        return {**added_up(tokens), "train_seconds": self._train_seconds()}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -48,7 +50,7 @@ class VlmMeter:
         try:
             yield
         finally:
-            self._seconds, self._since = self.cost()["train_seconds"], None
+            self._seconds, self._since = self._train_seconds(), None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, for a checkpoint."""
@@ -56,10 +58,14 @@ class VlmMeter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the counts of a checkpoint."""
-        self.tokens_forward = state["tokens_forward"]
-        self.tokens_backward = state["tokens_backward"]
+        self.tokens_forward = state["tokens_forward"] if is_main() else 0
+        self.tokens_backward = state["tokens_backward"] if is_main() else 0
         self._seconds = state["train_seconds"]
         self._since = None if self._since is None else time.monotonic()
+
+    def _train_seconds(self) -> float:
+        running = 0.0 if self._since is None else time.monotonic() - self._since
+        return self._seconds + running
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -15,10 +15,11 @@ from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import PreferenceConfig, VlmDpoConfig
 from mmalign.objectives.tars import Hidden, log_energy
 from mmalign.objectives.vlm import Extras, vlm_loss
-from mmalign.objectives.vlm_rows import Preset, Row, plan, segment_rule
+from mmalign.objectives.vlm_rows import Preset, Row, active, plan, segment_rule
 from mmalign.pipelines._vlm_pairs import EncodedPairs
 from mmalign.pipelines._vlm_reference import ReferenceScores
 from mmalign.pipelines._vlm_rows import Group, RowMaker, Sample
+from mmalign.processes import largest
 from mmalign.reference import Reference
 from mmalign.sequence import TokenLogps, changed_tokens, head_kl
 from mmalign.types import Scored, StepOutput
@@ -67,6 +68,10 @@ class VlmStep:
         self._states = bool(self._plan.token_kl or self._plan.hidden)
         # Reference rows that need no log-probs but an energy are run with the others.
         self._ref_rows = tuple(dict.fromkeys([*self._plan.reference, *self._plan.ref_hidden]))
+        # The longest answer says what a mean over tokens divides by; AOT sorts a batch.
+        self.coupled = config.loss_type in ("aot", "aot_unpaired") or any(
+            term.level == "token" for term in active(parts.preset.terms)
+        )
 
     def reference_groups(self, sample: Sample) -> list[Group]:
         """Make what the reference is run on for a sample."""
@@ -94,7 +99,8 @@ class VlmStep:
             extras=self._extras(batch, policy, groups, energies),
         )
         tokens = sum(len(a.logps) for found in policy for a in found.values())
-        return StepOutput(losses.mean(), {**metrics, "answer_tokens": float(tokens)})
+        per_pair = tokens / len(batch.samples)
+        return StepOutput(losses.mean(), {**metrics, "answer_tokens": per_pair})
 
     def _run(self, groups: Sequence[Sequence[Group]]) -> list[dict[Row, _Answer]]:
         """Run the policy on groups per sample."""
@@ -170,6 +176,7 @@ class VlmStep:
             embeddings={row: self._embeddings(batch, row) for row in needs.embeddings},
             ref_embeddings=self._ref_embeddings(batch) if needs.ref_embeddings else {},
             score_margins=torch.tensor(known, device=device),
+            widest=lambda width: largest(width, device),
         )
 
     def _token_kl(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mmalign import processes
 from mmalign.config import DiffusionKtoConfig
 from mmalign.objectives.diffusion_kto import diffusion_kto_loss
 from mmalign.pipelines._offline import Draws, train_offline
@@ -31,6 +32,7 @@ def run(config: DiffusionKtoConfig) -> None:
         families=("sd", "sdxl"),
         draws=lambda adapter: Draws(timesteps=all_timesteps(adapter)),
         make_step=lambda run: make_step(config, run),
+        coupled=config.kl_estimate != "none",
     )
 
 
@@ -52,6 +54,7 @@ def make_step(config: DiffusionKtoConfig, run: Run) -> Step:
             kl_estimate=config.kl_estimate,
             desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight,
+            over_processes=processes.mean,
         )
 
     return make_pair_step(config, run, DenoisingMeasure(run, cache=config.num_draws > 0), loss)

@@ -9,11 +9,13 @@ rounds against the base as reference. Every round but the last is a run folder o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from mmalign.accelerator import make_accelerator
 from mmalign.config import (
     CandidatesConfig,
     EvalConfig,
@@ -26,6 +28,7 @@ from mmalign.pipelines import diffusion_dpo
 from mmalign.pipelines._evaluation import check_judge
 from mmalign.pipelines._reported import with_watched
 from mmalign.pipelines.pairs_build import build_pairs
+from mmalign.processes import from_main, is_main, launched, rank, together, world_size
 from mmalign.randomness import derive_seed
 from mmalign.types import InputError
 
@@ -46,7 +49,9 @@ def run(config: OnlineDpoConfig) -> None:
         raise InputError("adapter: rounds go on from a LoRA by lora.init_from")
     if config.resume_from_checkpoint not in (None, "latest"):
         raise InputError("resume_from_checkpoint: rounds go on with `latest` only")
-    if config.resume_from_checkpoint is None and _folder(config, 1).exists():
+    if launched()[1] > 1:  # sharing the candidates needs to know how many processes there are
+        make_accelerator(config, cpu=config.device == "cpu")
+    if config.resume_from_checkpoint is None and from_main(lambda: _folder(config, 1).exists()):
         raise InputError(
             f"output_dir: {config.output_dir} holds an earlier run; continue it with"
             " --resume_from_checkpoint latest, or choose another --output_dir"
@@ -54,10 +59,15 @@ def run(config: OnlineDpoConfig) -> None:
     adapter = config.lora.init_from
     for number in range(1, config.rounds + 1):
         done = _folder(config, number) / "adapter"
-        if number == config.rounds or not (done / WEIGHTS_NAME).exists():
-            tqdm.write(f"round {number} of {config.rounds}")
+        if number == config.rounds or not from_main(_exists(done / WEIGHTS_NAME)):
+            if is_main():
+                tqdm.write(f"round {number} of {config.rounds}")
             _round(config, number, adapter, started)
         adapter = str(done)
+
+
+def _exists(file: Path) -> Callable[[], bool]:
+    return lambda: file.exists()
 
 
 def _folder(config: OnlineDpoConfig, number: int) -> Path:
@@ -69,7 +79,8 @@ def _round(config: OnlineDpoConfig, number: int, adapter: str | None, started: f
     """Make pairs with the policy so far and train on them."""
     folder, last = _folder(config, number), number == config.rounds
     pairs = folder / "pairs"
-    build_pairs(_build_config(config, number, adapter, pairs))
+    build = _build_config(config, number, adapter, pairs)
+    together(lambda: build_pairs(build))
     diffusion_dpo.run(
         replace(
             config,
@@ -92,4 +103,5 @@ def _build_config(
     how = {name: getattr(config.candidates, name) for name in CandidatesConfig.__dataclass_fields__}
     sampling = config.candidates.sampling
     how["sampling"] = replace(sampling, seed=derive_seed(sampling.seed, "round", number))
-    return PairsBuildConfig(**{**model, **how, "adapter": adapter, "output": str(pairs)})
+    place = {"adapter": adapter, "output": str(pairs), "shard": rank(), "num_shards": world_size()}
+    return PairsBuildConfig(**{**model, **how, **place})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mmalign.adapters import load_adapter
 from mmalign.config import PairsConfig, RewardConfig, as_path
-from mmalign.data.files import write_bytes, write_jsonl
+from mmalign.data.files import is_shards, write_bytes, write_jsonl
 from mmalign.data.folders import METADATA
 from mmalign.data.images import image_suffix, read_image_bytes
 from mmalign.data.readers import PairTable, read_pairs
@@ -34,8 +35,10 @@ from mmalign.pipelines._candidates import (
     sample_missing,
 )
 from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._pair_shards import pair_shards
 from mmalign.pipelines._response_pairs import build_response_pairs
 from mmalign.pipelines._scores import ScoreLog, Scorer, bad_images, reward_key, score_groups
+from mmalign.processes import launched, world_size
 from mmalign.rewards import load_reward
 from mmalign.rewards.combine import combine_scores
 from mmalign.types import InputError
@@ -61,6 +64,9 @@ def run(config: PairsBuildConfig) -> None:
     if config.responses is not None:
         build_response_pairs(config)
         return
+    if is_shards(config.images):
+        _build_shards(config)
+        return
     table = build_pairs(config)
     for bad in table.bad_rows:
         tqdm.write(f"skipped {bad}")
@@ -71,6 +77,22 @@ def run(config: PairsBuildConfig) -> None:
         )
     else:
         tqdm.write(f"process {config.shard} of {config.num_shards} is done; others are not yet")
+
+
+def _build_shards(config: PairsBuildConfig) -> None:
+    scorer = _scorer(config, None, resolve_device(config.device))
+    records, share = pair_shards(config, scorer)
+    if records is None:
+        tqdm.write(f"process {share.process} of {share.processes} is done; others are not yet")
+        return
+    names = ("pairs", "rows", "skipped", "prompts_without")
+    pairs, rows, skipped, without = (sum(record[name] for record in records) for name in names)
+    if not pairs:
+        raise InputError(f"no pairs: no prompt of {rows} images has two whose scores differ enough")
+    tqdm.write(
+        f"{pairs} pairs of {rows} images in {config.output}, {skipped} images skipped; {without}"
+        " prompts without two candidates that differ enough"
+    )
 
 
 def build_pairs(
@@ -94,6 +116,9 @@ def build_pairs(
         InputError: if options or prompts are unusable, an image or its score is (named in the
             message), no pair results, or the output cannot be written.
     """
+    if config.num_shards == 1 and world_size() == 1:
+        shard, num_shards = launched()
+        config = replace(config, shard=shard, num_shards=num_shards)
     _check(config)
     device = resolve_device(config.device)
     bad_rows: list[BadRow] = []

@@ -15,12 +15,13 @@ import torch
 from tqdm.auto import tqdm
 
 from mmalign.config import RewardConfig
-from mmalign.data.files import atomic_path, write_jsonl
+from mmalign.data.files import atomic_path, is_shards, write_jsonl
 from mmalign.data.images import open_image
 from mmalign.data.listing import NamedImage, list_images
 from mmalign.pipelines._cached import cached_rewards, hits, saved
 from mmalign.pipelines._evaluation import resolve_device
 from mmalign.pipelines._responses import SCORES, read_responses, score_responses
+from mmalign.pipelines._score_shards import score_shards
 from mmalign.types import ImageRef, InputError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def run(config: ScoreConfig) -> None:
     """Score every image and write `file_name`, `prompt` and one column per reward.
 
     With `responses` answers are scored instead, by rewards of answers.
+    Shards of images are scored shard by shard: `mmalign.pipelines._score_shards`.
 
     Images are scored at their own size, so only neighbors of the same size share a batch.
 
@@ -44,6 +46,11 @@ def run(config: ScoreConfig) -> None:
     if config.responses is not None:
         _score_responses(config, configs)
         return
+    if is_shards(config.images):
+        score_shards(config, configs)
+        return
+    if not config.prompts:
+        raise InputError("prompts: is required, for a folder of images")
     rows = list_images(Path(config.images).expanduser(), Path(config.prompts).expanduser())
     device = resolve_device("auto")
     rewards = cached_rewards(configs, config.cache, device)

@@ -13,16 +13,16 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from mmalign.accelerator import make_accelerator
+from mmalign import sharding
+from mmalign.accelerator import make_accelerator, prepare_model
 from mmalign.adapters import load_vlm, no_file_bars
 from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import VlmDpoConfig, dump_config
-from mmalign.data.files import write_bytes
 from mmalign.data.order import BatchPlan, GroupedOrder, batch_indices
 from mmalign.data.readers import LISTED
 from mmalign.data.vlm_readers import VlmPairTable, read_vlm_pairs
 from mmalign.objectives.vlm_rows import Preset, plan
-from mmalign.pipelines._training import changed_since
+from mmalign.pipelines._training import begin_folder
 from mmalign.pipelines._vlm_evaluation import Evaluator
 from mmalign.pipelines._vlm_meter import VlmMeter
 from mmalign.pipelines._vlm_pairs import EncodedPairs, FeatureCache
@@ -33,8 +33,10 @@ from mmalign.pipelines._vlm_rows import RowMaker, Sample
 from mmalign.pipelines._vlm_similarity import clip_similarity
 from mmalign.pipelines._vlm_step import StepParts, VlmBatch, VlmStep
 from mmalign.pipelines._vlm_trial import load_trial
+from mmalign.processes import from_main, is_main, together
 from mmalign.reference import make_reference
 from mmalign.report import RunSummary
+from mmalign.sharding import full
 from mmalign.trainer import Trainer
 from mmalign.training_state import Stateful
 from mmalign.types import Branches, InputError
@@ -64,39 +66,43 @@ def run(config: VlmDpoConfig, *, started: float | None = None) -> RunSummary:
         len(table.bad_rows),
     )
     accelerator = make_accelerator(config, cpu=config.device == "cpu")
-    adapter = load_vlm(config, accelerator.device, for_training=True)
+    # A model that is divided may be larger than one device.
+    place = torch.device("cpu") if sharding.requested() else accelerator.device
+    adapter = load_vlm(config, place, for_training=True)
     adapter.max_pixels = config.pairs.max_pixels
     pairs = EncodedPairs(
         table.pairs, adapter, max_length=config.max_length, on_bad_row=config.pairs.on_bad_row
     )
     resolved = dump_config(config)
-    changes = changed_since(output, resolved)
-    write_bytes(output / "config.yaml", resolved.encode())
+    changes = from_main(lambda: begin_folder(output, resolved))
     evaluator = Evaluator(adapter, config, trial)
     job = _Job(config, adapter, accelerator, pairs, preset)
     # A LoRA that was just attached changes nothing, so this is the base, in the same precision.
     before = evaluator.measure("evaluate base")
     trainer = job.trainer()
     with job.meter.running():
-        job.fill_reference()
+        together(job.fill_reference)
         result = trainer.train()
     adapter.policy = accelerator.unwrap_model(adapter.policy)
     with ExitStack() as stack:
         if trainer.ema is not None:
             stack.enter_context(trainer.averaged_weights())
-        if accelerator.is_main_process:
-            _save(config, adapter, output)
+        together(lambda: _save(config, adapter, output))
         evaluation = evaluator.compare(before, evaluator.measure("evaluate aligned"))
-    summary = write_vlm_results(
-        config,
-        evaluation,
-        steps=result.step,
-        wall_seconds=time.monotonic() - started,
-        device=str(accelerator.device),
-        warnings=[*changes, *result.warnings, *_skipped(table), *job.notes()],
-        cost=job.meter.cost(),
+    cost = job.meter.cost()
+    summary = from_main(
+        lambda: write_vlm_results(
+            config,
+            evaluation,
+            steps=result.step,
+            wall_seconds=time.monotonic() - started,
+            device=str(accelerator.device),
+            warnings=[*changes, *result.warnings, *_skipped(table), *job.notes()],
+            cost=cost,
+        )
     )
-    tqdm.write(f"report: {output / 'report.html'}")
+    if accelerator.is_main_process:
+        tqdm.write(f"report: {output / 'report.html'}")
     return summary
 
 
@@ -116,16 +122,19 @@ class _Job:
         self._grouped = GroupedOrder(pairs.image_keys, config.seed) if config.group_images else None
         self._prepare_policy()
         self._reference = make_reference(adapter, config.lora, config, attribute="policy")
-        adapter.policy = accelerator.prepare_model(adapter.policy)
+        if sharding.requested():
+            self._shard()
+        adapter.policy = prepare_model(accelerator, adapter.policy)
         self._features = FeatureCache(adapter, pairs, config.image_cache_mib)
         self.meter = VlmMeter()
         self.meter.watch(adapter.model)
         folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
-        moves = config.reference_update != "never"
+        # Divided weights want all processes to run as many forwards, which a cache does not.
+        uncached = config.reference_update != "never" or sharding.requested()
         self._scores = ReferenceScores(
             adapter,
             self._reference,
-            folder=folder if config.cache_reference and not moves else None,
+            folder=folder if config.cache_reference and not uncached else None,
             share_prefix=config.share_prefix,
             energies=bool(plan(preset).ref_hidden),
         )
@@ -153,7 +162,7 @@ class _Job:
         state: dict[str, Stateful] = {"meter": self.meter}
         if self._config.reference_update != "never":
             state["reference"] = self._reference
-        return Trainer(
+        trainer = Trainer(
             self._config,
             accelerator=self._accelerator,
             module=self._adapter.policy,
@@ -162,6 +171,8 @@ class _Job:
             state=state,
             on_step=self._reference.update,
         )
+        trainer.coupled = self._step.coupled
+        return trainer
 
     def fill_reference(self) -> None:
         """Compute the reference's log-probs of every sample the run will see.
@@ -183,7 +194,25 @@ class _Job:
             "pairs dropped, unusable": len(pairs.bad),
             "pairs with an answer that was shortened to fit": pairs.truncated,
         }
-        return [f"{count} {what}" for what, count in counts.items() if count]
+        notes = [f"{count} {what}" for what, count in counts.items() if count]
+        if sharding.requested() and self._config.cache_reference:
+            notes.append("cache_reference: without effect, because weights were divided")
+        return notes
+
+    def _shard(self) -> None:
+        """Divide the decoder layers of the policy, and of a reference that has its own."""
+        config = self._config
+        if config.ema_decay is not None or config.reference_update != "never":
+            raise InputError(
+                "ema_decay, reference_update: fsdp2 keeps no average and no moving reference"
+            )
+        scorers: list[Any] = [self._adapter.policy, self._reference.network]
+        for scorer in scorers:
+            if scorer is not None:
+                layers = scorer.model.model.language_model.layers
+                sharding.shard_layers(layers, self._accelerator.device)
+                sharding.place_rest(scorer, self._accelerator.device)
+        self._adapter.device = self._accelerator.device
 
     def _prepare_policy(self) -> None:
         """Attach what is trained; vision tower and projector stay frozen."""
@@ -243,9 +272,14 @@ def _save(config: VlmDpoConfig, adapter: VlmFamily, output: Path) -> None:
     if config.lora.enabled:
         save_vlm_lora(adapter.model, output / "adapter", config.model)
         return
+    state = {name: full(value) for name, value in adapter.model.state_dict().items()}
+    if not is_main():
+        return
     try:
         with no_file_bars():
-            adapter.model.save_pretrained(output / "model", safe_serialization=True)
+            adapter.model.save_pretrained(
+                output / "model", state_dict=state, safe_serialization=True
+            )
             adapter.chat.processor.save_pretrained(output / "model")
     except OSError as error:
         raise InputError(f"{output / 'model'}: cannot be written: {error}") from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import Combination, RewardConfig
+from mmalign.processes import gather, rank, world_size
 from mmalign.scoring import BatchedReward, score_samples
 from mmalign.types import InputError, Modality, Reward
 
@@ -59,9 +60,18 @@ class CombinedReward:
     modality: Modality = "image"
 
     def __init__(
-        self, rewards: Sequence[tuple[Reward, RewardConfig]], combine: Combination = "sum"
+        self,
+        rewards: Sequence[tuple[Reward, RewardConfig]],
+        combine: Combination = "sum",
+        *,
+        pooled: bool = False,
     ) -> None:
         """Combine rewards with their configurations.
+
+        Args:
+            rewards: rewards and their configurations.
+            combine: how scores become one number.
+            pooled: normalize over the samples of all processes, which then call it together.
 
         Raises:
             InputError: if every reward is `eval_only`, or a normalization is unknown or is given
@@ -81,6 +91,7 @@ class CombinedReward:
         )
         self.range = _range(training, combine)
         self._batched = {name: BatchedReward(reward) for name, reward in self.rewards.items()}
+        self._pooled = pooled and self.compares
 
     def __call__(
         self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
@@ -99,7 +110,7 @@ class CombinedReward:
         raw = self._trained_on(samples, prompts, names)
         if samples.requires_grad and torch.is_grad_enabled():
             self._check_gradients(raw)
-        return combine_scores(raw, self.configs, prompts, self.combine).total
+        return self._combined(raw, prompts).total
 
     def each(
         self, samples: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
@@ -110,9 +121,22 @@ class CombinedReward:
             InputError: as `details`.
         """
         raw = self._trained_on(samples, prompts, names)
-        normalized = combine_scores(raw, self.configs, prompts, self.combine).normalized
+        normalized = self._combined(raw, prompts).normalized
         return torch.stack(
             [self.configs[name].weight * scores for name, scores in normalized.items()]
+        )
+
+    def _combined(self, raw: Mapping[str, Tensor], prompts: Sequence[str]) -> RewardDetails:
+        if not self._pooled or world_size() == 1:
+            return combine_scores(raw, self.configs, prompts, self.combine)
+        everyone = gather(({name: scores.cpu() for name, scores in raw.items()}, list(prompts)))
+        pool = {name: torch.cat([scores[name] for scores, _ in everyone]) for name in raw}
+        texts = [prompt for _, part in everyone for prompt in part]
+        total, _, normalized = combine_scores(pool, self.configs, texts, self.combine)
+        first = sum(len(part) for _, part in everyone[: rank()])
+        own = slice(first, first + len(prompts))
+        return RewardDetails(
+            total[own], dict(raw), {name: scores[own] for name, scores in normalized.items()}
         )
 
     def details(

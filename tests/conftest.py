@@ -27,15 +27,20 @@ from transformers import (
     CLIPTokenizer,
 )
 
-# Tests are not a package, so a module they share is loaded by its file.
-_spec = importlib.util.spec_from_file_location(
-    "vlm_models", Path(__file__).parent / "vlm_models.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-vlm_models = importlib.util.module_from_spec(_spec)
-sys.modules["vlm_models"] = vlm_models
-_spec.loader.exec_module(vlm_models)
+
+def _load(name: str) -> Any:
+    """Load a module that tests share by its file: tests are not a package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+vlm_models = _load("vlm_models")
+_load("two_processes")
 
 # Some tests fork, and a child of a process whose OpenMP threads have started hangs in its first
 # parallel operation. One thread is also the fastest for models this small.

@@ -520,7 +520,7 @@ def test_a_fresh_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"seed": 4}, "seed was 3, now 4"),
-        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps was 2, now 1"),
+        ({"gradient_accumulation_steps": 1}, r"samples per step \(.*\) was 8, now 4"),
         ({"ema_decay": None}, "ema was True, now False"),
     ],
 )

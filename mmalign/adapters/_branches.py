@@ -29,6 +29,18 @@ class Head(NamedTuple):
     bias: Tensor | None
 
 
+class Whole:
+    """Hides prefixes from DistributedDataParallel.
+
+    It would move them to its device and make new objects of them, of which nothing tells any more
+    that they share images.
+    """
+
+    def __init__(self, batch: Sequence[Branches]) -> None:
+        """Hold prefixes with their answers."""
+        self.batch = batch
+
+
 class AnswerScorer(nn.Module):
     """Computes log-probabilities of answer tokens with a model of transformers.
 
@@ -52,15 +64,16 @@ class AnswerScorer(nn.Module):
         self.train(model.training)  # a trainer that looks at this module alone must not be misled
 
     def forward(
-        self, batch: Sequence[Branches], sharing: Sharing = SEPARATE, states: bool = False
+        self, given: Sequence[Branches] | Whole, sharing: Sharing = SEPARATE, states: bool = False
     ) -> list[list[Scored]]:
         """Score every answer of every prefix.
 
         Args:
-            batch: prefixes with their answers; tensors on any device.
+            given: prefixes with their answers; tensors on any device.
             sharing: what is computed once.
             states: return hidden states as well.
         """
+        batch = given.batch if isinstance(given, Whole) else given
         packed = pack(batch, self.layout, sharing)
         hidden = self._hidden(packed, everywhere=states)
         head = output_head(self.model)

@@ -22,7 +22,7 @@ from mmalign.adapters._answers import (
     question_batches,
     yes_no_tokens,
 )
-from mmalign.adapters._branches import AnswerScorer
+from mmalign.adapters._branches import AnswerScorer, Whole
 from mmalign.adapters._chat import Chat, Known, Prefix
 from mmalign.adapters._diffusers import no_file_bars
 from mmalign.adapters._folder import first_line
@@ -236,7 +236,7 @@ class VlmFamily(ABC):
             states: return hidden states as well.
         """
         sharing = Sharing(share_prefix and self.can_share_prefix, share_images)
-        scored: list[list[Scored]] = self.policy(batch, sharing, states)
+        scored: list[list[Scored]] = self.policy(Whole(batch), sharing, states)
         return scored
 
     def token_logps(

@@ -22,13 +22,14 @@ class PairsBuildConfig(ModelConfig, CandidatesConfig):
     Attributes:
         images: folder of existing candidates instead of sampling from `model`; `prompts` then
             names which image belongs to which prompt. With `responses`, the folder that names of
-            images are relative to.
+            images are relative to. Or webdataset shards, as `mmalign score` takes them, which need
+            no `prompts`; the candidates of a prompt are in one shard.
         responses: file of answers to questions about images (.jsonl, .json or .parquet, as `score`
             writes it), to be paired instead of images; rewards then are those of answers.
         output: folder that receives candidates, scores and `metadata.jsonl`; with `responses`,
-            `pairs.jsonl` and images.
+            `pairs.jsonl` and images; of shards, one shard of pairs for each.
         cache: folder of scores by image and prompt, shared with other runs and with `score`.
-        num_shards: processes that share the work.
+        num_shards: processes that share the work; the launcher's own number when 1.
         shard: index of this process.
         on_bad_row: policy for unreadable images.
     """
@@ -119,28 +120,32 @@ class PairsLabelConfig(LabelPageConfig):
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    """Score a folder of images, or a file of answers about images.
+    """Score a folder of images, webdataset shards of any number of images, or answers about images.
 
     Attributes:
         reward: reward names, repeated for several.
-        images: folder of images; with `responses`, the one that names of images are relative to,
-            the folder of the file when omitted.
-        prompts: prompt file: one line per image in sorted order, or .jsonl with `file_name`,
-            `prompt`.
+        images: folder of images, or shards: a folder of .tar files, `folder/*.tar`, or
+            `folder/{000..010}.tar`, in which `KEY.png` has its prompt in `KEY.txt` or `KEY.json`.
+            With `responses`, the folder that names of images are relative to; that of the file when
+            omitted.
+        prompts: prompt file of a folder of images: one line per image in sorted order, or .jsonl
+            with `file_name`, `prompt`.
         responses: file of answers to score instead of images: .jsonl, .json or .parquet with
             `prompt`, `response` and `image`.
         output: parquet file; with `responses` also .jsonl, which keeps the rows as they are and
-            adds `scores`.
+            adds `scores`; of shards a folder with one per shard, which a further run completes.
         cache: folder of scores by sample, shared with other runs and with `pairs build`.
         batch_size: samples scored at a time; halved where memory ends.
         options: keyword arguments per reward name.
         on_bad_row: policy for unreadable images.
         max_pixels: images with more pixels are refused before they are decoded.
+        num_shards: processes that share the shards; the launcher's own number when 1.
+        shard: index of this process.
     """
 
     reward: list[str] = field(default_factory=lambda: ["clip"])
     images: str = ""
-    prompts: str = ""
+    prompts: str | None = None
     responses: str | None = None
     output: str = "scores.parquet"
     cache: str | None = None
@@ -148,6 +153,8 @@ class ScoreConfig:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     on_bad_row: OnBadRow = "stop"
     max_pixels: int = 50_000_000
+    num_shards: int = 1
+    shard: int = 0
 
 
 @dataclass(kw_only=True)

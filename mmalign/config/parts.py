@@ -284,6 +284,7 @@ class TrainConfig:
         report_to: trackers besides `metrics.jsonl`, which is always written: `tensorboard`,
             `wandb`, `trackio` (the extras of these names install them), or another of accelerate's.
         num_workers: data loader processes.
+        ddp_timeout: with several processes, seconds to wait for one that does not answer.
     """
 
     output_dir: str = "runs/latest"
@@ -310,6 +311,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = None
     report_to: list[str] = field(default_factory=list)
     num_workers: int = 0
+    ddp_timeout: int = 1800
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ from mmalign.data.images import decode, to_tensor
 from mmalign.data.readers import BAR_DELAY, LISTED, describe, image_of
 from mmalign.data.schema import PairInfo, RowError, content_hash
 from mmalign.data.store import TensorStore
+from mmalign.processes import share, together, world_size
 from mmalign.types import Condition, ImageAdapter, ImageRef, InputError, PreferencePair
 
 logger = logging.getLogger(__name__)
@@ -164,12 +165,35 @@ def precompute(
             that are not finite; if no pair is left, or the cache cannot be written.
     """
     infos = describe(pairs)
-    store = TensorStore(cache_dir / _namespace(adapter, config))
+    folder = cache_dir / _namespace(adapter, config)
+    if world_size() > 1:  # each process encodes its share; below, all find everything
+        together(lambda: _store_share(pairs, infos, adapter, config, folder))
+    store = TensorStore(folder)
     bad = _store_images(pairs, infos, adapter, config, store)
     kept = [info for index, info in enumerate(infos) if index not in bad]
     _report(bad, len(infos))
     _store_prompts(["", *(info.prompt for info in kept)], adapter, config, store)
     return CachedPairs(kept, store)
+
+
+def _store_share(
+    pairs: Sequence[PreferencePair],
+    infos: Sequence[PairInfo],
+    adapter: ImageAdapter,
+    config: PairsConfig,
+    folder: Path,
+) -> None:
+    """Encode what this process is to encode; an image of several pairs belongs to the first."""
+    owner: dict[bytes, int] = {}
+    for index, info in enumerate(infos):
+        for key in (info.chosen_hash, info.rejected_hash):
+            owner.setdefault(key, index)
+    first = sorted(set(owner.values()))
+    mine = share(first)
+    store = TensorStore(folder)
+    _store_images([pairs[i] for i in mine], [infos[i] for i in mine], adapter, config, store)
+    prompts = list(dict.fromkeys(["", *(info.prompt for info in infos)]))
+    _store_prompts(share(prompts), adapter, config, store)
 
 
 def _store_images(

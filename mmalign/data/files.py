@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -114,6 +115,32 @@ def check_encoding(path: Path, head: bytes) -> None:
     """
     if head.startswith(UTF16_BOMS) or b"\0" in head:
         raise InputError(f"{path} is UTF-16 or binary, not UTF-8 text: save it as UTF-8")
+
+
+def is_shards(images: str | None) -> bool:
+    """Tell whether an option names webdataset shards: .tar files, or a folder of them."""
+    if not images:
+        return False
+    path = Path(images).expanduser()
+    if path.suffix == ".tar":
+        return True
+    return path.is_dir() and any(item.suffix == ".tar" for item in path.iterdir())
+
+
+def list_shards(images: str) -> list[Path]:
+    """List the shards that an option names, sorted.
+
+    Raises:
+        InputError: there are none, or two have the same name.
+    """
+    path = Path(images).expanduser()
+    found = matching_files(path / "*.tar" if path.is_dir() else path)
+    if not found:
+        raise InputError(f"images: no shard matches {images}")
+    twice = [name for name, count in Counter(s.name for s in found).items() if count > 1]
+    if twice:
+        raise InputError(f"images: two shards have the name {twice[0]}")
+    return found
 
 
 def matching_files(pattern: Path) -> list[Path]:

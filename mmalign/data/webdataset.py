@@ -11,13 +11,14 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from mmalign.data.files import MAX_LINE_BYTES, UTF8_BOM
 from mmalign.data.images import SUFFIXES
-from mmalign.data.schema import CHOSEN, REJECTED, BadRow, Row, RowError, Tie
+from mmalign.data.schema import CHOSEN, REJECTED, BadRow, Row, RowError, Tie, read_prompt
 from mmalign.types import ImageRef, InputError
 
+MAX_IMAGE_BYTES = 2**28
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
@@ -69,6 +70,34 @@ class WebdatasetPairs:
             return self._image(chosen), self._image(rejected)
         except RowError as error:
             raise InputError(f"{self.shards[chosen.shard]}: {error}") from error
+
+    def image_row(self, key: str, members: Mapping[str, Member | RowError]) -> ShardImage | BadRow:
+        """Make a row of the members of a sample that has one image."""
+        where = f"{self.shards[0]} sample {key}"
+        try:
+            for member in members.values():
+                if isinstance(member, RowError):
+                    raise member
+            found = [m for name, m in members.items() if f".{name}" in SUFFIXES]
+            if len(found) != 1 or not isinstance(found[0], Member):
+                raise RowError(f"has {len(found)} images, only {', '.join(members)}")
+            if found[0].size > MAX_IMAGE_BYTES:
+                raise RowError(f"{found[0].name} has more than {MAX_IMAGE_BYTES} bytes")
+            prompt = read_prompt(self._fields(members))
+            return ShardImage(key, prompt, self._image(found[0]), found[0])
+        except RowError as error:
+            return BadRow(where, str(error))
+
+    def image(self, member: Member) -> ImageRef:
+        """Read an image by its place.
+
+        Raises:
+            InputError: the shard was changed or removed meanwhile.
+        """
+        try:
+            return self._image(member)
+        except RowError as error:
+            raise InputError(f"{self.shards[member.shard]}: {error}") from error
 
     def _index(
         self, number: int, shard: Path, samples: dict[str, dict[str, Member | RowError]]
@@ -130,6 +159,48 @@ class WebdatasetPairs:
         if len(data) != member.size:
             raise RowError(f"{member.name} is cut off: the shard is truncated")
         return data
+
+
+class ShardImage(NamedTuple):
+    """One image of a shard with its prompt; `member` says where in the shard it is."""
+
+    key: str
+    prompt: str
+    image: ImageRef
+    member: Member
+
+
+def stream_images(shard: Path) -> Iterator[ShardImage | BadRow]:
+    """Read the images of a shard one after the other, in memory that does not grow with it.
+
+    The members of a sample (`KEY.png` or another image, with the prompt in `KEY.json` or `KEY.txt`)
+    have to follow each other, as writers of webdataset shards put them.
+
+    Raises:
+        InputError: the shard is compressed or cannot be read.
+    """
+    source = WebdatasetPairs([shard])
+    sample: dict[str, Member | RowError] = {}
+    current = ""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for info in archive:
+                cast(
+                    Any, archive
+                ).members.clear()  # which would otherwise hold every header read so far
+                if info.isdir():
+                    continue
+                key, field = _split(info.name)
+                if sample and key != current:
+                    yield source.image_row(current, sample)
+                    sample = {}
+                current = key
+                twice = RowError(f"member {info.name!r} occurs twice")
+                sample[field] = twice if field in sample else _check(0, info)
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise InputError(f"{shard}: the tar file is broken: {error}") from error
+    if sample:
+        yield source.image_row(current, sample)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -59,6 +59,15 @@ def write_pairs(
         raise InputError(f"cannot write {format!r}: use imagefolder, parquet or webdataset")
 
 
+def write_shard(pairs: Iterable[PreferencePair], file: Path) -> None:
+    """Write pairs of images as one webdataset shard, atomically.
+
+    Raises:
+        InputError: an image cannot be read, or the file cannot be written.
+    """
+    _write_shard((_sample(pair) for pair in pairs), file)
+
+
 class _File(NamedTuple):
     data: bytes
     suffix: str

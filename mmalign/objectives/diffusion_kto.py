@@ -8,6 +8,7 @@ for bad samples, equation 8 of the paper with the sigmoid utility is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 from mmalign.objectives.preference import accuracy
 
 KlEstimate = Literal["batch_mean", "balanced_mean", "none"]
+
+
+def _same(mean: Tensor) -> Tensor:
+    return mean
 
 
 def diffusion_kto_loss(
@@ -27,11 +32,11 @@ def diffusion_kto_loss(
     kl_estimate: KlEstimate = "batch_mean",
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    over_processes: Callable[[Tensor], Tensor] = _same,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the loss of each sample from denoising errors.
 
-    The baseline gets no gradient. The authors average it over all processes; here it is this
-    batch's.
+    The baseline gets no gradient.
 
     Args:
         policy_error: denoising errors of the policy (N,).
@@ -44,6 +49,8 @@ def diffusion_kto_loss(
             (`none`).
         desirable_weight: weight of good samples.
         undesirable_weight: weight of bad samples.
+        over_processes: averages the means that the baseline is made of, as the authors do over all
+            processes; they are this batch's when omitted.
 
     Returns:
         Losses (N,), and metrics: `rewards/chosen` and `rewards/rejected` are means of beta * g
@@ -58,7 +65,7 @@ def diffusion_kto_loss(
         raise ValueError("policy_error, ref_error and desirable must all have shape (N,)")
     good = desirable.bool()
     logratios = ref_error.detach() - policy_error
-    kl = _baseline(logratios.detach(), good, kl_estimate)
+    kl = _baseline(logratios.detach(), good, kl_estimate, over_processes)
     sign = torch.where(good, 1.0, -1.0).to(logratios)
     weight = torch.where(good, desirable_weight, undesirable_weight).to(logratios)
     advantage = sign * (logratios - kl)
@@ -69,13 +76,19 @@ def diffusion_kto_loss(
     return loss, metrics | _errors(policy_error.detach(), ref_error.detach(), good)
 
 
-def _baseline(logratios: Tensor, good: Tensor, kl_estimate: KlEstimate) -> Tensor:
+def _baseline(
+    logratios: Tensor,
+    good: Tensor,
+    kl_estimate: KlEstimate,
+    over_processes: Callable[[Tensor], Tensor],
+) -> Tensor:
     match kl_estimate:
         case "batch_mean":
-            mean = logratios.mean()
+            mean = over_processes(logratios.mean())
         case "balanced_mean":
             # A batch with one label only has one mean.
-            mean = torch.stack([logratios[good].mean(), logratios[~good].mean()]).nanmean()
+            sides = torch.stack([logratios[good].mean(), logratios[~good].mean()])
+            mean = over_processes(sides.nanmean())
         case "none":
             mean = logratios.new_zeros(())
     return mean.clamp(min=0)

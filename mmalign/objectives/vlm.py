@@ -11,7 +11,7 @@ each network has to be run on, each row once; `vlm_loss` turns the rows' log-pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -104,6 +104,8 @@ class Extras:
         ref_embeddings: the same of the reference, per row of `ref_embeddings`.
         lengths: response tokens (B,) per row, where log-probs come summed and a part averages them.
         score_margins: score of chosen minus score of rejected (B,), for the `offset` loss.
+        widest: of several processes, the largest of their numbers of tokens in the longest answer,
+            over which terms at token level take means.
     """
 
     token_kl: Mapping[Row, Tensor] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class Extras:
     ref_embeddings: Mapping[Row, Hidden] = field(default_factory=dict)
     lengths: Mapping[Row, Tensor] = field(default_factory=dict)
     score_margins: Tensor | None = None
+    widest: Callable[[int], int] = lambda width: width
 
 
 def vlm_loss(
@@ -325,7 +328,7 @@ class _Inputs:
 
     def _per_token(self, value: TokenLogps, term: Term) -> Tensor:
         """Line up response tokens on the left, as wide as the longest row of the term, (B, T)."""
-        width = max(int(n.max()) for n in self._lengths(term))
+        width = self.extras.widest(max(int(n.max()) for n in self._lengths(term)))
         table = align_left(value).logps
         return torch.nn.functional.pad(table, (0, width - table.shape[1]))
 

@@ -260,7 +260,7 @@ def test_bridged_gradient_is_the_whole_gradient(tiny_sd: Path, decode_batch_size
         leaf = start.clone().requires_grad_()
         latents, prompts = leaf * 2, ["red"] * 3
         if bridged:
-            batch = PromptBatch(tuple(prompts), (), ("a", "b", "c"), {})
+            batch = PromptBatch(tuple(prompts), (), (), ("a", "b", "c"), {})
             rewards = bridged_rewards(online, latents, batch, decode_batch_size)
         else:
             rewards = reward(adapter.decode(latents), prompts)

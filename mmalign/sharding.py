@@ -1,0 +1,93 @@
+"""Layers of a large model divided among processes, by PyTorch's FSDP2.
+
+`accelerate launch` with a configuration of type FSDP asks for it. Each decoder layer is divided by
+itself and put together while it runs; everything else of the model is on every process. So any way
+into the model works, as long as all processes take the same ways equally often.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mmalign.processes import world_size
+from mmalign.types import InputError
+
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+
+
+def requested() -> bool:
+    """Tell whether the launcher asks for divided weights."""
+    return world_size() > 1 and os.environ.get(FSDP, "").lower() == "true"
+
+
+def refuse_deepspeed() -> None:
+    """Refuse a launcher's configuration of DeepSpeed.
+
+    Raises:
+        InputError: saying what to use.
+    """
+    if os.environ.get(DEEPSPEED, "").lower() == "true":
+        raise InputError("accelerate_config: DeepSpeed is not supported; fsdp2 divides the same")
+
+
+def shard_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Divide the weights of each layer among the processes, in place."""
+    for layer in layers:
+        fully_shard(layer, mesh=_mesh(device.type), reshard_after_forward=True)
+
+
+def place_rest(model: nn.Module, device: torch.device) -> None:
+    """Put what is not divided on the device; the layers are there already, each with its part."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
+
+
+def full(value: Tensor) -> Tensor:
+    """Put a divided tensor together, on all processes at once; others stay as they are."""
+    if not isinstance(value, DTensor):
+        return value
+    whole: Tensor = value.full_tensor()
+    return whole
+
+
+def divided_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Divide a whole tensor as a parameter is, if it is; scalars stay as they are."""
+    if not isinstance(parameter, DTensor) or value.ndim == 0:
+        return value
+    on_device = value.to(parameter.device)
+    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Average the gradients of what is not divided, and scale all to a norm of at most `max_norm`.
+
+    Returns:
+        Their norm before.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for gradient in gradients:
+        if not isinstance(gradient, DTensor):
+            dist.all_reduce(gradient)
+            gradient /= world_size()
+    squares = [full(gradient.float().square().sum()) for gradient in gradients]
+    norm = torch.stack(squares).sum().sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.item())
+    return norm
+
+
+@cache
+def _mesh(device_type: str) -> DeviceMesh:
+    return init_device_mesh(device_type, (world_size(),))

@@ -1,0 +1,346 @@
+"""Two processes train what one trains at the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from two_processes import in_two
+
+from mmalign.config import (
+    CandidatesConfig,
+    ConsistencyDpoConfig,
+    CurriculumConfig,
+    CurriculumDpoConfig,
+    D3poConfig,
+    DiffusionDpoConfig,
+    DiffusionKtoConfig,
+    DraftConfig,
+    DroConfig,
+    EvalConfig,
+    GenerationConfig,
+    LoraConfig,
+    MapoConfig,
+    OnlineDpoConfig,
+    PairsConfig,
+    RewardConfig,
+    RocmConfig,
+    SamplingConfig,
+    TailorpoConfig,
+    VlmDpoConfig,
+    VlmLoraConfig,
+    VlmPairsConfig,
+)
+from mmalign.data.files import write_jsonl
+from mmalign.data.images import save_png
+from mmalign.pipelines import (
+    consistency_dpo,
+    curriculum_dpo,
+    d3po,
+    diffusion_dpo,
+    diffusion_kto,
+    draft,
+    dro,
+    mapo,
+    online_dpo,
+    rocm,
+    tailorpo,
+    vlm_dpo,
+)
+from mmalign.types import InputError
+
+BRIGHTNESS = RewardConfig(name="brightness")
+
+
+class World(NamedTuple):
+    """Models and data that all runs share."""
+
+    folder: Path
+    sd: Path
+    lcm: Path
+    llava: Path
+
+    @property
+    def prompts(self) -> str:
+        return str(self.folder / "prompts.txt")
+
+
+class Job(NamedTuple):
+    """A run by what is particular to it; `samples` of a step on one process."""
+
+    config: type[Any]
+    run: Callable[[Any], object]
+    options: Callable[[World], dict[str, Any]]
+    accumulate: int = 1
+
+
+def pairs(world: World, **more: Any) -> dict[str, Any]:
+    path = str(world.folder / "pairs")
+    return {
+        "model": str(world.sd),
+        "beta": 10.0,
+        "pairs": PairsConfig(path=path, resolution=16),
+        **more,
+    }
+
+
+def sampled(world: World, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(world.sd),
+        "prompts": world.prompts,
+        "rewards": [BRIGHTNESS],
+        "sampling": SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
+        **more,
+    }
+
+
+def vlm(world: World, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(world.llava),
+        "lora": VlmLoraConfig(rank=2, alpha=4),
+        "pairs": VlmPairsConfig(path=str(world.folder / "answers.jsonl")),
+        **more,
+    }
+
+
+def held_out(world: World) -> dict[str, Any]:
+    pairs = VlmPairsConfig(path=str(world.folder / "answers.jsonl"))
+    short = GenerationConfig(max_new_tokens=3)
+    return vlm(world, eval_pairs=pairs, num_answers=2, generation=short, cache_reference=False)
+
+
+def rounds(world: World) -> dict[str, Any]:
+    candidates = CandidatesConfig(
+        prompts=world.prompts,
+        candidates_per_prompt=2,
+        rewards=[BRIGHTNESS],
+        sampling=SamplingConfig(num_inference_steps=2, guidance_scale=1.0, batch_size=2),
+    )
+    # Pictures of the second round are rounded to 8 bits, where a last bit may become a grey level.
+    more = {"rounds": 2, "curriculum": None, "candidates": candidates, "max_steps": 1, "beta": 0.1}
+    return pairs(world, pairs=PairsConfig(resolution=16), **more)
+
+
+def evaluated(world: World) -> dict[str, Any]:
+    """Evaluate while training, and stop when it no longer helps."""
+    options = pairs(world, learning_rate=0.05)
+    del options["beta"]
+    evaluation = EvalConfig(
+        prompts=world.prompts,
+        images_per_prompt=2,
+        rewards=[BRIGHTNESS],
+        every_steps=1,
+        early_stopping_metric="diversity",
+        early_stopping_patience=1,
+    )
+    sampling = SamplingConfig(num_inference_steps=2, guidance_scale=2.0, batch_size=2)
+    return {**options, "max_steps": 4, "evaluation": evaluation, "sampling": sampling}
+
+
+JOBS = {
+    "diffusion-dpo": Job(DiffusionDpoConfig, diffusion_dpo.run, lambda w: pairs(w, num_draws=2), 2),
+    "curriculum-dpo": Job(
+        CurriculumDpoConfig,
+        curriculum_dpo.run,
+        lambda w: pairs(w, curriculum=CurriculumConfig(num_buckets=2, stage_steps=1)),
+    ),
+    "consistency-dpo": Job(
+        ConsistencyDpoConfig,
+        consistency_dpo.run,
+        lambda w: pairs(w, model=str(w.lcm), teacher=str(w.sd)),
+    ),
+    "mapo": Job(MapoConfig, mapo.run, lambda w: pairs(w, beta=1.0, score_scale=1.0)),
+    "kto": Job(DiffusionKtoConfig, diffusion_kto.run, pairs),
+    "dro": Job(DroConfig, dro.run, evaluated),
+    "online-dpo": Job(OnlineDpoConfig, online_dpo.run, rounds),
+    "d3po": Job(
+        D3poConfig,
+        d3po.run,
+        lambda w: sampled(
+            w,
+            clamp="none",
+            train_steps=1,
+            rewards=[RewardConfig(name="brightness", normalize="zscore")],
+        ),
+        2,
+    ),
+    "tailorpo": Job(
+        TailorpoConfig,
+        tailorpo.run,
+        lambda w: sampled(w, train_steps=1, guidance_step_size=0.1, beta=1.0),
+    ),
+    "draft": Job(DraftConfig, draft.run, lambda w: sampled(w, backprop_steps=2, kl_weight=0.1)),
+    "rocm": Job(RocmConfig, rocm.run, lambda w: sampled(w, model=str(w.lcm))),
+    "vlm-dpo": Job(VlmDpoConfig, vlm_dpo.run, vlm, 2),
+    "vlm-sharded": Job(VlmDpoConfig, vlm_dpo.run, held_out, 2),
+    "vlm-sharded-full": Job(
+        VlmDpoConfig,
+        vlm_dpo.run,
+        lambda w: vlm(w, lora=VlmLoraConfig(enabled=False), cache_reference=False),
+    ),
+    "vlm-token-level": Job(
+        VlmDpoConfig, vlm_dpo.run, lambda w: vlm(w, preset="opa_token_level", cache_reference=False)
+    ),
+}
+
+
+def configure(name: str, world: World, output: Path, processes: int, **more: Any) -> Any:
+    """Configure a run of two steps of four samples; of two with accumulation."""
+    job = JOBS[name]
+    own = job.options(world)
+    return job.config(
+        **{
+            "output_dir": str(output),
+            "device": "cpu",
+            "offline": True,
+            "lora": LoraConfig(rank=2),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4 // job.accumulate // processes,
+            "gradient_accumulation_steps": job.accumulate,
+            "learning_rate": 1e-3,
+            # Adam's first steps have the size of the learning rate whatever the gradient, which
+            # blows up the last bits of gradients that are almost 0; a large epsilon does not.
+            "adam_epsilon": 1e-2,
+            **own,
+            **more,
+        }
+    )
+
+
+def run(name: str, world: World, output: Path, processes: int, **more: Any) -> None:
+    JOBS[name].run(configure(name, world, output, processes, **more))
+
+
+@pytest.fixture(scope="module")
+def world(
+    tiny_sd: Path,
+    tiny_lcm: Path,
+    vlm: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:
+    """Pairs of noise pictures with scores, answers about them, and prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        save_png(torch.rand(3, 16, 16, generator=generator), folder / f"pairs/{number}.png")
+    rows = [
+        {
+            "prompt": prompt,
+            "chosen_file_name": f"{number}.png",
+            "rejected_file_name": f"{(number + gap) % 6}.png",
+            "score_chosen": 0.9,
+            "score_rejected": 0.9 - gap / 4,
+            "pair_id": f"{number}-{gap}",
+        }
+        for number, prompt in enumerate(["red", "a red", "red red"])
+        for gap in (1, 2)
+    ]
+    write_jsonl(folder / "pairs" / "metadata.jsonl", rows)
+    answers = [
+        {
+            "image": f"pairs/{number}.png",
+            "prompt": "<image>\nDescribe",
+            "chosen": "A red circle" + " and one" * number,
+            "rejected": f"No blue square {number}.",
+            "revised": f"A blue circle {number}.",
+        }
+        for number in range(6)
+    ]
+    write_jsonl(folder / "answers.jsonl", answers)
+    (folder / "prompts.txt").write_text("red\na red\nred red\na\n")
+    return World(folder, tiny_sd, tiny_lcm, vlm("llava"))
+
+
+@pytest.fixture(scope="module")
+def two(world: World) -> Path:
+    """Every run, by two processes that start once."""
+    folder = world.folder / "two"
+
+    def everything() -> None:
+        for name in JOBS:
+            os.environ["ACCELERATE_USE_FSDP"] = str("sharded" in name).lower()
+            run(name, world, folder / name, 2)
+
+    ended = in_two(everything, folder, timeout=200)
+    assert ended.codes == [0, 0], "\n".join(text[-2000:] for text in ended.output)
+    return folder
+
+
+def lines(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(output: Path) -> dict[str, torch.Tensor]:
+    folder = output / ("adapter" if (output / "adapter").is_dir() else "model")
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_train_what_one_trains(name: str, world: World, two: Path) -> None:
+    one = world.folder / "one" / name
+    run(name, world, one, 1)
+    alone, shared = lines(one), lines(two / name)
+    assert len(alone) == len(shared) > 0
+    for a, b in zip(alone, shared, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            # A z-score divides by what the rewards of tiny random models differ by, and a margin is
+            # the difference of sums of log-probs, whose last bits are so large.
+            rough = (name, key) == ("d3po", "reward") or (name[:3], key) == ("vlm", "margin")
+            limit = 1e-5 if rough else 1e-6
+            assert b[key] == pytest.approx(a[key], rel=1e-6, abs=limit), (key, a, b)
+    weights, others = trained(one), trained(two / name)
+    assert weights.keys() == others.keys()
+    if (one / "adapter").is_dir() and name != "dro":  # whose best weights may be the first
+        assert any("lora_B" in key and value.abs().max() > 1e-6 for key, value in weights.items())
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=0, atol=1e-6)
+    costs = [json.loads((o / "summary.json").read_text())["cost"] for o in (one, two / name)]
+    for key in costs[0].keys() & {"unet_forwards", "unet_backwards", "reward_queries"}:
+        assert costs[0][key] == costs[1][key] > 0 or key == "reward_queries", (key, costs)
+
+
+def test_evaluation_and_early_stopping_are_shared(world: World, two: Path) -> None:
+    one = world.folder / "one" / "dro"
+    files = ["evaluations.jsonl", "metrics.jsonl"]
+    rows = [
+        [[json.loads(line) for line in (o / f).read_text().splitlines()] for f in files]
+        for o in (one, two / "dro")
+    ]
+    assert [row["step"] for row in rows[0][0]] == [row["step"] for row in rows[1][0]]
+    assert len(rows[0][1]) == len(rows[1][1]) == rows[1][0][-1]["step"]
+    for a, b in zip(rows[0][0], rows[1][0], strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-6)
+    summaries = [json.loads((o / "summary.json").read_text()) for o in (one, two / "dro")]
+    for side in ("before", "after"):
+        assert summaries[0][side] == pytest.approx(summaries[1][side], rel=1e-6, abs=1e-6)
+
+
+def test_one_process_goes_on_where_two_stopped(world: World, two: Path) -> None:
+    whole, parts = world.folder / "whole", world.folder / "parts"
+    run("diffusion-dpo", world, whole, 1, max_steps=4)
+    shutil.copytree(two / "diffusion-dpo", parts)
+    more = {"max_steps": 4, "resume_from_checkpoint": "latest"}
+    run("diffusion-dpo", world, parts, 1, **more)
+    for a, b in zip(lines(whole), lines(parts), strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-6)
+    expected, found = trained(whole), trained(parts)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)
+
+
+def test_another_division_that_changes_the_result_is_refused(world: World, two: Path) -> None:
+    more: dict[str, Any] = {"max_steps": 4, "resume_from_checkpoint": "latest"}
+    with pytest.raises(InputError, match=r"samples per step .* was 4, now 2"):
+        run("diffusion-dpo", world, two / "diffusion-dpo", 2, **more)
+    divided = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    with pytest.raises(InputError, match="samples per forward of all processes was 4, now 2"):
+        run("kto", world, two / "kto", 1, **more, **divided)
