@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -14,6 +15,8 @@ from mmalign.types import InputError
 
 if TYPE_CHECKING:
     from mmalign.types import Reward
+
+logger = logging.getLogger(__name__)
 
 
 class BadScoreError(InputError):
@@ -71,9 +74,12 @@ def score_samples(
     Returns:
         Finite scores (B,), on the device the reward chose.
 
+    A batch for which the reward has no memory is scored in halves.
+
     Raises:
-        InputError: naming the reward and the sample, if counts differ or if the reward raises or
-            returns NaN, infinity, None or a wrong number of scores.
+        InputError: naming the reward and the sample, if counts differ or if the reward raises, has
+            no memory for a single sample, or returns NaN, infinity, None or a wrong number of
+            scores.
     """
     labels = list(names) if names is not None else [f"sample {i}" for i in range(len(samples))]
     if not len(samples) == len(prompts) == len(labels):
@@ -85,8 +91,14 @@ def score_samples(
         return torch.zeros(0)
     try:
         return to_scores(reward(samples, prompts), len(samples))
-    except (torch.OutOfMemoryError, MemoryError, ScorerError):
+    except ScorerError:
         raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if len(samples) == 1:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise InputError(
+                f"reward {reward.name} has no memory for {labels[0]}: {reason}"
+            ) from error
     except BadScoreError as error:
         where = _span(labels) if error.index is None else labels[error.index]
         raise InputError(f"reward {reward.name} {error.problem} for {where}") from error
@@ -94,6 +106,7 @@ def score_samples(
         where = _first_failing(reward, samples, prompts, labels)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"reward {reward.name} failed for {where}: {reason}") from error
+    return _in_halves(reward, samples, prompts, labels)  # outside: the error holds the tensors
 
 
 def score_in_batches(
@@ -123,6 +136,18 @@ def score_in_batches(
             parts.append(scores.to("cpu", torch.float64))
             bar.update(len(scores))
     return torch.cat(parts)
+
+
+def _in_halves(
+    reward: Reward, samples: Tensor, prompts: Sequence[str], labels: Sequence[str]
+) -> Tensor:
+    """Score what was too much for the memory in two calls."""
+    logger.warning("reward %s: no memory for %d samples at once", reward.name, len(samples))
+    middle = len(samples) // 2
+    halves = (slice(None, middle), slice(middle, None))
+    return torch.cat(
+        [score_samples(reward, samples[rows], prompts[rows], labels[rows]) for rows in halves]
+    )
 
 
 def _from_sequence(values: object, count: int) -> Tensor:

@@ -44,6 +44,36 @@ def test_good_answers(answer: Any) -> None:
     assert score(answer).tolist() == [1.0, 2.0, 3.0]
 
 
+def test_batches_too_large_for_the_memory_are_halved() -> None:
+    sizes = []
+
+    def bright(samples: Tensor, prompts: Any) -> Tensor:
+        sizes.append(len(samples))
+        if len(samples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+        return samples.mean((1, 2, 3))
+
+    reward: Any = FakeReward(bright)
+    images = IMAGES.clone().requires_grad_()
+    scores = score_samples(reward, images, ["", "", ""], NAMES)
+    assert scores.tolist() == [0.0, 1.0, 0.0]
+    assert sizes == [3, 1, 2, 1, 1]
+    scores.sum().backward()
+    assert images.grad is not None
+    assert images.grad.min() > 0
+
+
+def test_no_memory_for_a_single_sample_is_named() -> None:
+    def fail(samples: Tensor, prompts: Any) -> Tensor:
+        if samples.max() == 1:
+            raise MemoryError
+        return samples.mean((1, 2, 3))
+
+    reward: Any = FakeReward(fail)
+    with pytest.raises(InputError, match=r"fake has no memory for b\.png: MemoryError"):
+        score_samples(reward, IMAGES, ["", "", ""], NAMES)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -72,15 +102,6 @@ def test_exception_names_the_sample_that_causes_it() -> None:
 
     reward: Any = FakeReward(fussy)
     with pytest.raises(InputError, match=r"failed for b\.png: RuntimeError: too bright$"):
-        score_samples(reward, IMAGES, ["", "", ""], NAMES)
-
-
-def test_running_out_of_memory_is_not_the_users_input() -> None:
-    def hungry(samples: Tensor, prompts: Any) -> Tensor:
-        raise MemoryError
-
-    reward: Any = FakeReward(hungry)
-    with pytest.raises(MemoryError):
         score_samples(reward, IMAGES, ["", "", ""], NAMES)
 
 
