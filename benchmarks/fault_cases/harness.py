@@ -208,6 +208,8 @@ class Command:
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            # Whoever runs the cases may have put other objects in their place.
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
             from mmalign.cli import main
 
             if before is not None:

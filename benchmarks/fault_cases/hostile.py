@@ -97,7 +97,7 @@ def pickle_beside(folder: Path, tally: Tally) -> None:
     tally.point(said.code == 0 and not marker.exists(), said.error)
 
 
-@case(10, "single file .ckpt and .safetensors that is a pickle", NEVER)
+@case(10, "single file .ckpt and .safetensors that is a pickle", NEVER, quick=True)
 def pickled_file(folder: Path, tally: Tally) -> None:
     """A model as one file, and a pickle with a better name."""
     marker = _pickled(folder, folder / "model.ckpt")
@@ -109,7 +109,7 @@ def pickled_file(folder: Path, tally: Tally) -> None:
     _never_ran(marker, _generate(model, folder), tally, "cannot be loaded")
 
 
-@case(10, "adapters (.bin, .pt, .safetensors)", NEVER, quick=True)
+@case(10, "adapters (.bin, .pt, .safetensors)", NEVER)
 def pickled_adapter(folder: Path, tally: Tally) -> None:
     """For generate, export and init_from, and for vision-language models."""
     for name in ("a.bin", "a.pt", "a.safetensors", "adapter_model.bin"):

@@ -122,4 +122,5 @@ def markdown(folder: Path, tally: Tally) -> None:
 
 
 def _without_code(text: str) -> str:
+    text = text.split("\n---\n", 1)[-1]  # what comes before is YAML
     return re.sub(r"(`+)[^`].*?\1", "", re.sub(r"```.*?```", "", text, flags=re.S))
