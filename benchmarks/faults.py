@@ -50,7 +50,7 @@ def main() -> int:
     outcomes = run_all(chosen, work, again=arguments.again)
     if arguments.output:
         known = [read_outcomes(work).get(_key(case)) for case in load_cases()]
-        write_page([o for o in known if o is not None], arguments.output)
+        write_page([o for o in known if o is not None], load_cases(), arguments.output)
     return int(any(o.survived < o.tried for o in outcomes))
 
 
