@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ from mmalign.types import InputError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_TRACKED_IMAGES = 16
+GRACE_SECONDS = 10.0
+"""How long a step or an evaluation may go on after the process was told to stop."""
+REMINDER_SECONDS = 0.5
 
 
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
@@ -135,9 +139,11 @@ class StopSignal:
     ignored. Outside the main thread no signal arrives and the flag stays down.
     """
 
-    def __init__(self) -> None:
-        """Start with the flag down."""
+    def __init__(self, grace: float | None = None) -> None:
+        """Start with the flag down; `interruptible` blocks end `grace` seconds after it rises."""
         self.received: signal.Signals | None = None
+        self._grace, self._since, self._inside = grace, 0.0, False
+        self._over = threading.Event()
 
     @property
     def requested(self) -> bool:
@@ -162,8 +168,23 @@ class StopSignal:
         try:
             yield
         finally:
+            self._over.set()
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Run a block that may take long and leaves nothing half done when it ends early.
+
+        Raises:
+            SystemExit: with the signal's code, when the grace is over; whatever the block does,
+                a server's answer it waits for included.
+        """
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Tell whether any process was asked to stop, so that all leave after the same step."""
@@ -173,12 +194,29 @@ class StopSignal:
         return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self._since = time.monotonic()
+            if self._grace is not None:
+                threading.Thread(target=self._remind, args=(self._grace,), daemon=True).start()
+        elif number == signal.SIGTERM:
+            over = self._grace is not None and time.monotonic() - self._since >= self._grace
+            if self._inside and over:
+                self._inside = False
+                raise SystemExit(self.exit_code)
+            return
         if number == signal.SIGINT:
             if self.received == signal.SIGINT:
                 raise KeyboardInterrupt
             # A write of its own: stderr's buffer may be in the middle of one.
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
         self.received = signal.Signals(number)
+
+    def _remind(self, grace: float) -> None:
+        """Signal again when the grace is over; nothing else ends what the main thread waits for."""
+        wait = grace
+        while not self._over.wait(wait):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            wait = REMINDER_SECONDS
 
 
 def _tracker_options(config: TrainConfig) -> dict[str, dict[str, Any]]:

@@ -154,6 +154,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         InputError: the folder is missing or damaged.
     """
     manifest = _verify(path)
+    state: Any
     tensors: dict[str, dict[str, Tensor]] = {}
     try:
         for name in manifest["files"]:
@@ -162,6 +163,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = json.loads((path / STATE).read_text("utf-8"))
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise DamagedCheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(f"{path}: its {STATE} is not a JSON object")
     return Checkpoint(path=path, step=manifest["step"], tensors=tensors, state=state)
 
 
@@ -297,8 +300,8 @@ def _verify(path: Path) -> dict[str, Any]:
 
 
 def _wrong_size(path: Path, entry: Mapping[str, Any]) -> str | None:
-    if not path.is_file():
-        return "is missing"
+    if path.is_symlink() or not path.is_file():
+        return "is missing or a link"
     size = path.stat().st_size
     return None if size == entry["bytes"] else f"has {size} bytes instead of {entry['bytes']}"
 
@@ -318,7 +321,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             and STATE in files
             and all(e["bytes"] >= 0 and e["sha256"] for e in files.values())
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path}: no readable {MANIFEST} ({error})") from error
     if version != FORMAT or not sound:
         raise DamagedCheckpointError(f"{path}: its {MANIFEST} is not one this version reads")

@@ -182,7 +182,7 @@ def read_lora(path: Path | str) -> LoraFile:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             metadata = content.metadata() or {}
         settings = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read: {_first_line(error)}") from error
     if not tensors or not all("lora" in name for name in tensors):
         raise InputError(f"{file}: is not a LoRA")

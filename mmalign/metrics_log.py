@@ -43,9 +43,11 @@ class MetricsLog:
         Raises:
             InputError: the disk is full.
         """
-        line = json.dumps({"step": step, **{key: _number(v) for key, v in values.items()}})
+        text = json.dumps({"step": step, **{key: _number(v) for key, v in values.items()}})
+        line = text.encode() + b"\n"
         try:
-            self._file.write(line.encode() + b"\n")
+            while line:  # a disk that fills up takes the beginning first, without an error
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise self._error(error) from error
 
@@ -97,8 +99,8 @@ def _lines_until(path: Path, last_step: int | None) -> bytes:
     kept = bytearray()
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            step = int(json.loads(line)["step"])
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             break
         if not line.endswith(b"\n") or (last_step is not None and step > last_step):
             break

@@ -181,6 +181,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 line = key.start_mark.line + 1
                 raise yaml.YAMLError(f"line {line}: key {key.value!r} is given twice")
@@ -193,7 +195,8 @@ def _check_file(config_class: type, path: Path) -> None:
         content = yaml.load(path.read_text("utf-8-sig"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    # PyYAML raises its own errors for wrong syntax, and nearly any for wrong numbers, dates, tags.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         kind = "nothing" if content is None else f"a {type(content).__name__}"

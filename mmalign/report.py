@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -223,6 +224,12 @@ def write_model_card(
     return _write(folder / "README.md", text)
 
 
+def _markdown(text: object) -> str:
+    """Keep text on one line and from making links, images, code or cells of a table."""
+    line = " ".join(str(text).split())
+    return re.sub(r"([\\`\[\]|])", r"\\\1", line)
+
+
 def render(template: str, **values: Any) -> str:
     """Fill a template of this package; text is escaped."""
     return _environment().get_template(template).render(**values)
@@ -273,6 +280,7 @@ def _environment() -> Environment:
     environment.filters.update(
         number=_number, signed=_signed, percent=_percent, png=_png, picture=_picture
     )
+    environment.filters["markdown"] = _markdown
     environment.tests["known"] = lambda value: value is not None and math.isfinite(value)
     return environment
 

@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
-from mmalign.accelerator import StopSignal, make_accelerator, tracking
+from mmalign.accelerator import GRACE_SECONDS, StopSignal, make_accelerator, tracking
 from mmalign.accumulation import Measured, accumulate
 from mmalign.config import TrainConfig
 from mmalign.metrics_log import MetricsLog
@@ -67,7 +67,8 @@ class Trainer:
 
     Only trainable parameters are optimized and saved. Of several processes each has its own
     `batches`, and `step` runs the module that `accelerator.prepare_model` returned. After SIGTERM
-    or Ctrl-C the run is saved at the end of the step and exits with code 143 or 130.
+    or Ctrl-C the run is saved and exits with code 143 or 130: at the end of the step, or of the one
+    before when the step takes longer than the grace.
 
     Attributes:
         ema: the exponential average, if there is one.
@@ -113,7 +114,9 @@ class Trainer:
         self._step, self._batches, self._backward = step, batches, backward
         self._on_step = on_step
         self._parameters = list(parameters.values())
-        self._monitor, self._stop, self.coupled = Monitor(), StopSignal(), False
+        self._monitor, self.coupled = Monitor(), False
+        # Several processes can only leave together, between two steps.
+        self.stop = StopSignal(GRACE_SECONDS if accelerator.num_processes == 1 else None)
         self._log: MetricsLog | None = None
         optimizer = torch.optim.AdamW(
             self._parameters,
@@ -155,7 +158,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         main = self._accelerator.is_main_process
         with ExitStack() as stack:
-            stack.enter_context(self._stop.installed())
+            stack.enter_context(self.stop.installed())
             if main:
                 path = Path(config.output_dir) / "metrics.jsonl"
                 self._log = stack.enter_context(MetricsLog(path, keep_until=start))
@@ -171,7 +174,8 @@ class Trainer:
                 bar.update()
                 self._report(step, metrics)
                 if self._on_step is not None:
-                    self._on_step(step)
+                    with self._kept_at(step):
+                        self._on_step(step)
                 self._stop_if_idle(step)
                 self._save_or_stop(step)
         self._stop_if_idle(max(start, config.max_steps))
@@ -203,14 +207,15 @@ class Trainer:
         if not self._module.training:
             self._module.train()
         try:
-            measured = accumulate(
-                self._step,
-                batches,
-                config=self._config,
-                accelerator=self._accelerator,
-                module=self._module,
-                backward=self._backward,
-            )
+            with self._kept_at(step - 1), self.stop.interruptible():
+                measured = accumulate(
+                    self._step,
+                    batches,
+                    config=self._config,
+                    accelerator=self._accelerator,
+                    module=self._module,
+                    backward=self._backward,
+                )
         except InputError as error:
             # Of several processes the others are in the middle of the step, so nothing is saved.
             several = self._accelerator.num_processes > 1
@@ -276,15 +281,25 @@ class Trainer:
             self._save(step)
         return self._state.kept
 
+    @contextmanager
+    def _kept_at(self, step: int) -> Iterator[None]:
+        """Save the weights after `step` when the block is told to end in its middle."""
+        try:
+            yield
+        except SystemExit:
+            if self._accelerator.num_processes == 1:
+                logger.warning("stopped early; %s", self._keep(step))
+            raise
+
     def _save_or_stop(self, step: int) -> None:
-        config, stop = self._config, self._stop.agreed(self._accelerator)
+        config, stop = self._config, self.stop.agreed(self._accelerator)
         due = config.save_steps > 0 and step % config.save_steps == 0
         if due or stop or step == config.max_steps or self._state.finished:
             self._save(step)
         if stop:
             path = self._state.last_path
             logger.warning("saved %s; --resume_from_checkpoint latest goes on from there", path)
-            raise SystemExit(self._stop.exit_code)
+            raise SystemExit(self.stop.exit_code)
 
     def _save(self, step: int) -> None:
         if self._log is not None:

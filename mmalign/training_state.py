@@ -15,6 +15,7 @@ from torch import nn
 
 from mmalign.checkpoint import (
     Checkpoint,
+    DamagedCheckpointError,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -141,7 +142,16 @@ class TrainingState:
                 f"{newer[-1]}: is newer than the checkpoint to resume from; move it away or choose"
                 " another output_dir"
             )
-        self._restore(checkpoint)
+        try:
+            self._restore(checkpoint)
+        except InputError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            # Its files are whole, so nobody damaged it: another version or somebody else wrote it.
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DamagedCheckpointError(
+                f"{path}: its contents are not those of a run ({what})"
+            ) from error
         self.last_step, self.last_path = checkpoint.step, path
         return checkpoint.step
 

@@ -158,7 +158,7 @@ def read_vlm_lora(path: Path | str) -> PeftFile:
                 for name in content.keys()  # noqa: SIM118
             }
         settings = json.loads((folder / SETTINGS).read_text("utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: cannot be read: {reason}") from error
     if not tensors or not all(".lora_" in name for name in tensors):
@@ -176,6 +176,8 @@ def _accepted(file: Path, settings: object) -> dict[str, Any]:
             continue
         values = value.values() if name in _PATTERNS and isinstance(value, dict) else [value]
         wanted = bool if name in _SWITCHES else (int, float)
+        if name in _PATTERNS and not isinstance(value, dict):
+            raise InputError(f"{file}: {name} is {value!r}")
         if not all(isinstance(v, wanted) and (name in _SWITCHES or v > 0) for v in values):
             raise InputError(f"{file}: {name} is {value!r}")
         accepted[name] = value

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmalign.config import EvalConfig, RunConfig
 from mmalign.evaluation import measure_images, plan, sample_images
-from mmalign.metrics_log import MetricsLog
+from mmalign.metrics_log import MetricsLog, read_metrics
 from mmalign.pipelines._evaluation import Judges, evaluation_prompts
 from mmalign.pipelines._meter import COUNTS, CostMeter
 from mmalign.processes import from_main
@@ -121,6 +121,7 @@ class Curve:
         self._first: dict[str, float] = {}
         self.averaged: Callable[[], AbstractContextManager[None]] = nullcontext
         self.track: Callable[[int, Mapping[str, float], Tensor], None] | None = None
+        self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
         self.stopping: EarlyStopping | None = None
 
     def begin(self, base_images: Tensor | None, parameters: Sequence[nn.Parameter]) -> None:
@@ -149,18 +150,30 @@ class Curve:
         """Evaluate after an optimizer step, if it is time."""
         if not self._every:
             return
-        self._open(step)
-        if step % self._every:
+        self._open(step - 1)
+        if step % self._every == 0:
+            self._evaluate(step)
+
+    def catch_up(self, step: int) -> None:
+        """Evaluate a resumed run's first weights, if it was stopped before that had been done."""
+        if not self._every or step == 0 or step % self._every:
             return
+        rows = read_metrics(self._path)
+        if not any(row["step"] == step for row in rows):
+            self._open(step)
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
         with self._meter.paused(), self.averaged():
-            images = sample_images(
-                self._adapter,
-                self._prompts,
-                self._seeds,
-                self._config.sampling,
-                f"evaluate step {step}",
-            )
-            metrics = self._measured(images)
+            with self.interruptible():
+                images = sample_images(
+                    self._adapter,
+                    self._prompts,
+                    self._seeds,
+                    self._config.sampling,
+                    f"evaluate step {step}",
+                )
+                metrics = self._measured(images)
             if self.stopping is not None:
                 self.stopping.update(step, metrics)
             if self.track is not None:
@@ -186,12 +199,12 @@ class Curve:
         if self._log is not None:
             self._log.close()
 
-    def _open(self, step: int) -> None:
-        """Open the file in the first step of this process, which the resumed run has not seen."""
+    def _open(self, done: int) -> None:
+        """Open the file in the first step of this process, whose evaluation it may already have."""
         if self._log is not None or not self._writes:
             return
-        self._log = MetricsLog(self._path, keep_until=step - 1)
-        if step == 1:
+        self._log = MetricsLog(self._path, keep_until=done)
+        if done == 0:
             self._log.write(0, {**self._first, **dict.fromkeys(COUNTS, 0)})
 
     def _measured(self, images: Tensor) -> dict[str, float]:

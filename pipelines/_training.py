@@ -151,17 +151,22 @@ def train_and_compare(
         job.run.reference.update(step)
         curve.on_step(step)
 
+    def batches(start: int) -> Iterable[Any]:
+        curve.catch_up(start)
+        return job.batches(start)
+
     trainer = Trainer(
         config,
         accelerator=accelerator,
         module=adapter.denoiser,
         step=job.step,
-        batches=job.batches,
+        batches=batches,
         state=job.run.state,
         on_step=after_step,
         backward=job.backward,
     )
     trainer.coupled = job.coupled
+    curve.interruptible = trainer.stop.interruptible
     if trainer.ema is not None:
         curve.averaged = trainer.averaged_weights
     with closing(curve), job.run.meter.running():

@@ -205,6 +205,18 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path, name: str) -
         load_checkpoint(path)
 
 
+def test_links_and_manifests_without_end_are_damage(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", 1)
+    (path / "state.json").rename(tmp_path / "state.json")
+    (path / "state.json").symlink_to(tmp_path / "state.json")
+    with pytest.raises(InputError, match=r"state\.json is missing or a link"):
+        load_checkpoint(path)
+    path = save(tmp_path / "b", 1)
+    (path / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match=r"no readable manifest\.json"):
+        load_checkpoint(path)
+
+
 def test_a_named_checkpoint_must_exist(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such checkpoint folder"):
         load_checkpoint(tmp_path / "checkpoint-7")

@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mmalign.metrics_log import MetricsLog
+from mmalign.metrics_log import MetricsLog, read_metrics
 from mmalign.types import InputError
 
 
@@ -26,6 +27,22 @@ def test_metrics_log_in_a_place_that_cannot_hold_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"metrics\.jsonl: cannot write metrics"):
         MetricsLog(tmp_path / "file" / "metrics.jsonl", keep_until=0)
+
+
+def test_metrics_log_writes_on_after_a_short_write(tmp_path: Path) -> None:
+    """A disk that is nearly full takes the beginning of a line and no error is raised."""
+
+    class Nearly:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            return int(self.file.write(data[:5]))
+
+    log: Any = MetricsLog(tmp_path / "metrics.jsonl", keep_until=0)
+    log._file = Nearly(log._file)
+    log.write(1, {"loss": 0.5})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
 
 
 def test_metrics_log_on_a_full_disk_is_one_line() -> None:

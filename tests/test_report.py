@@ -260,6 +260,8 @@ def test_model_card(tmp_path: Path) -> None:
     hostile = write_model_card(tmp_path, summary(model='x"\n---\n<script>')).read_text()
     assert "<script>" not in hostile
     assert yaml.safe_load(hostile.split("\n---\n")[0].removeprefix("---\n"))["tags"]
+    link = write_model_card(tmp_path, summary(model="a](javascript:b) ![c](d)\n# e |")).read_text()
+    assert r"# diffusion-dpo on a\](javascript:b) !\[c\](d) # e \|" in link
 
 
 def test_versions_and_memory() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import random
@@ -19,6 +21,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import Tensor, nn
 
 import mmalign.checkpoint
+import mmalign.trainer
 from mmalign.accelerator import make_accelerator
 from mmalign.config import TrainConfig
 from mmalign.metrics_log import read_metrics
@@ -246,6 +249,64 @@ def test_signal_saves_and_exits(
     assert (tmp_path / "checkpoints" / "checkpoint-6").is_dir()
     assert in_child(lambda: Toy(make_config(tmp_path)).trainer.train()) == 0
     assert outcome(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("blocked_in", ["step", "evaluation"])
+def test_signal_ends_what_takes_longer_than_the_grace(
+    blocked_in: str, tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    """A reward that waits for ever: the steps before it are saved, or the one it evaluates."""
+
+    def attempt() -> None:
+        mmalign.trainer.GRACE_SECONDS = 0.1  # type: ignore[misc]
+        toy: Toy | None = None
+
+        def hang() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+        def step(batch: Batch) -> StepOutput:
+            assert toy is not None
+            if blocked_in == "step" and len(toy.seen) == 11:  # the second half of step 6
+                hang()
+            return toy.step(batch)
+
+        def evaluate(number: int) -> None:
+            assert toy is not None
+            if blocked_in == "evaluation" and number == 6:
+                with toy.trainer.stop.interruptible():
+                    hang()
+
+        toy = Toy(make_config(tmp_path), step=step, on_step=evaluate)
+        toy.trainer.train()
+
+    started = time.monotonic()
+    assert in_child(attempt) == 143
+    assert time.monotonic() - started < 30
+    saved = 5 if blocked_in == "step" else 6
+    assert (tmp_path / "checkpoints" / f"checkpoint-{saved}").is_dir()
+    if blocked_in == "evaluation":  # this toy's state changes inside a step, as ours never does
+        assert in_child(lambda: Toy(make_config(tmp_path)).trainer.train()) == 0
+        assert outcome(tmp_path) == uninterrupted
+
+
+def test_exit_inside_a_step_keeps_the_steps_before(tmp_path: Path) -> None:
+    """A reward that waits for people ends the process itself."""
+
+    def attempt() -> None:
+        toy: Toy | None = None
+
+        def step(batch: Batch) -> StepOutput:
+            assert toy is not None
+            if len(toy.seen) == 11:
+                raise SystemExit(143)
+            return toy.step(batch)
+
+        toy = Toy(make_config(tmp_path), step=step)
+        toy.trainer.train()
+
+    assert in_child(attempt) == 143
+    assert (tmp_path / "checkpoints" / "checkpoint-5").is_dir()
 
 
 def test_second_interrupt_is_at_once(tmp_path: Path) -> None:
@@ -547,6 +608,30 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"0\.weight was \[8, 3\], now \[9, 3\]"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        lambda state: {"run": state["run"]},
+        lambda state: {**state, "training": "text"},
+        lambda state: {**state, "training": {"tensor": "nowhere"}},
+        lambda state: {**state, "training": {"dict": [["parts", {"dict": []}]]}},
+    ],
+    ids=["no training", "text", "unknown tensor", "no optimizer"],
+)
+def test_state_that_no_run_wrote_is_refused(tmp_path: Path, forgery: Any) -> None:
+    """Its manifest fits, so it is not damaged: somebody else made it."""
+    Toy(make_config(tmp_path, max_steps=4)).trainer.train()
+    path = tmp_path / "checkpoints" / "checkpoint-4"
+    data = json.dumps(forgery(json.loads((path / "state.json").read_text()))).encode()
+    (path / "state.json").write_bytes(data)
+    manifest = json.loads((path / "manifest.json").read_text())
+    digest = hashlib.sha256(data).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": digest}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="its contents are not those of a run"):
+        Toy(make_config(tmp_path)).trainer.train()
 
 
 def test_an_older_checkpoint_is_not_continued_under_newer_ones(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_unusable_files_are_one_line(saved: Path, fresh: Callable[[], Any], tmp_
         tmp_path / "nothing": "there is no adapter_model.safetensors",
         broken(saved, tmp_path / "type", peft_type="PREFIX_TUNING"): "not the settings of a LoRA",
         broken(saved, tmp_path / "rank", r=-1): "r is -1",
+        broken(saved, tmp_path / "pattern", rank_pattern=3): "rank_pattern is 3",
     }
     for folder, problem in cases.items():
         with pytest.raises(InputError, match=problem) as caught:

@@ -132,7 +132,7 @@ def _read_json(name: str, folder: Path, inside: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{name}: has no {inside}; give a folder in diffusers' format") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: is not a JSON object")

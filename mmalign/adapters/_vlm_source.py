@@ -110,7 +110,7 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{name}: has no config.json; give a folder in transformers' format"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: is not a JSON object")

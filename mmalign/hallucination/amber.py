@@ -253,7 +253,9 @@ def _annotation(record: Record, aliases: Mapping[str, Any]) -> Annotation:
         names = []
         for side in ("truth", "hallu"):
             objects = record.fields.get(side)
-            if not isinstance(objects, list) or not all(name in aliases for name in objects):
+            if not isinstance(objects, list) or not all(
+                isinstance(name, str) and name in aliases for name in objects
+            ):
                 raise InputError(
                     f"{record.where}: {side!r} is not a list of words of relation.json"
                 )

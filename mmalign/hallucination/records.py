@@ -182,7 +182,8 @@ def _present(record: Record, names: Sequence[str]) -> str:
         if name in record.fields:
             return name
     wanted = " or ".join(repr(name) for name in names)
-    has = ", ".join(map(str, list(record.fields)[:8])) or "none"
+    keys = (" ".join(str(key).split()) for key in list(record.fields)[:8])
+    has = ", ".join(keys) or "none"
     raise InputError(f"{record.where}: no {wanted}; its keys are {has}")
 
 

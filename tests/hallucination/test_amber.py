@@ -189,6 +189,7 @@ def test_reads_the_files(tmp_path: Path) -> None:
             "'truth' is not a list",
         ),
         ({"id": 1, "type": "generative", "truth": []}, "'hallu' is not a list"),
+        ({"id": 1, "type": "generative", "truth": [["dog"]], "hallu": []}, "'truth' is not a"),
         ({"id": 1, "type": "other", "truth": "no"}, "unknown type 'other'"),
         ({"id": 1, "type": "relation", "truth": "perhaps"}, "truth 'perhaps' is neither"),
         ({"id": 1, "type": "relation"}, "no 'truth'"),

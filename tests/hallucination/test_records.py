@@ -105,3 +105,11 @@ def test_doubled_unknown_and_missing_ids(tmp_path: Path) -> None:
     (warning,) = check_complete(path, found, wanted, "skip")
     assert warning.startswith("2 of 4 ids")
     assert check_complete(path, found, ["1"], "stop") == []
+
+
+def test_keys_of_strangers_stay_on_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"an\\nswer": 1}')
+    (record,) = read_records(file)
+    with pytest.raises(InputError, match="no 'answer'; its keys are an swer"):
+        text_field(record, "answer")

@@ -1,0 +1,202 @@
+"""Row 3, one process: SIGTERM wherever a run is, then resume."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .harness import Command, Said, Tally, case, mmalign
+from .rewards import HERE, SLEEP
+from .toys import TOYS, difference
+
+ALLOWED_SECONDS = 30
+TERMINATED = (143, -signal.SIGTERM)
+"""Exit code as a shell counts it, or the signal itself where nothing needs saving."""
+EXPECTS = "exit 143 within 30 s, a valid checkpoint, resumed bitwise"
+SLOW = '--rewards=[{"name": "fault_cases.rewards:slow"}]'
+SLOW_EVALUATION = '--evaluation.rewards=[{"name": "fault_cases.rewards:slow"}]'
+
+
+def terminate(argv: list[str], output: Path, ready: Callable[[], bool], tally: Tally) -> Said:
+    """Start a run, send SIGTERM when it is `ready`, and time its end."""
+    from mmalign.checkpoint import latest_checkpoint
+
+    command = Command(argv, Path("log.txt"))
+    deadline = time.monotonic() + 60
+    while not ready() and not command.ended and time.monotonic() < deadline:
+        time.sleep(0.002)
+    command.send(signal.SIGTERM)
+    sent = time.monotonic()
+    said = command.wait(ALLOWED_SECONDS + 5)
+    seconds = time.monotonic() - sent
+    ok = said.code in TERMINATED and seconds < ALLOWED_SECONDS
+    path = latest_checkpoint(output / "checkpoints")
+    if not ok or path is None:
+        tally.point(False, f"code {said.code} after {seconds:.1f} s, checkpoint {path}")
+        return said
+    tally.point(True)
+    tally.answers.append(f"143 after {_at_most(seconds)} s, {path.name}")
+    return said
+
+
+def _at_most(seconds: float) -> str:
+    return f"< {max(1, int(seconds) + 1)}"
+
+
+def compare(argv: list[str], whole: Path, output: Path, tally: Tally) -> None:
+    """Resume and compare with the undisturbed run."""
+    if tally.failures:
+        return
+    said = mmalign(*argv)
+    problem = said.error if said.code else difference(whole, output)
+    rows = [folder / "evaluations.jsonl" for folder in (whole, output)]
+    if not problem and rows[0].exists() and rows[0].read_bytes() != rows[1].read_bytes():
+        problem = "other evaluations.jsonl"
+    tally.point(not problem, problem)
+
+
+def lines(output: Path) -> int:
+    """Count the steps that a run has logged."""
+    file = output / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def stop_at_lines(method: str, folder: Path, tally: Tally) -> None:
+    """Terminate during training, early and late."""
+    whole, output = folder / "whole", folder / "run"
+    mmalign(*TOYS.train(method, whole))
+    for line in (1, 4, 7):
+        argv = TOYS.train(method, output)
+        terminate(argv, output, lambda line=line: lines(output) >= line, tally)
+        compare(argv, whole, output, tally)
+        shutil.rmtree(output)
+
+
+for _method in ("diffusion-dpo", "tailorpo", "draft", "vlm-dpo"):
+    case(3, f"training, {_method}", EXPECTS)(functools.partial(stop_at_lines, _method))
+
+
+def stop_in(argv: Callable[[Path], list[str]], folder: Path, tally: Tally) -> None:
+    """Terminate a run whose slow reward has been reached; whether it sleeps is a file's matter."""
+    whole, output = folder / "whole", folder / "run"
+    said = mmalign(*argv(whole))
+    assert said.code == 0, said.error
+    SLEEP.touch()
+    terminate(argv(output), output, HERE.exists, tally)
+    SLEEP.unlink()
+    compare(argv(output), whole, output, tally)
+
+
+def _slow_reward(method: str, output: Path) -> list[str]:
+    return TOYS.train(method, output, SLOW)
+
+
+for _method in ("d3po", "tailorpo"):
+    case(3, f"a reward that takes two minutes, {_method}", EXPECTS)(
+        functools.partial(stop_in, functools.partial(_slow_reward, _method))
+    )
+
+
+def _slow_evaluation(output: Path) -> list[str]:
+    evaluation = (f"--evaluation.prompts={TOYS.prompts}", "--evaluation.every_steps=1")
+    images = ("--evaluation.images_per_prompt=1", SLOW_EVALUATION, "--save_steps=100")
+    stopping = ("--evaluation.early_stopping_metric=slow", "--evaluation.early_stopping_patience=9")
+    return TOYS.train("mapo", output, *evaluation, *images, *stopping)
+
+
+case(3, "evaluation during training that takes two minutes", EXPECTS)(
+    functools.partial(stop_in, _slow_evaluation)
+)
+
+
+@case(3, "sampling inside a step", EXPECTS)
+def stop_in_sampling(folder: Path, tally: Tally) -> None:
+    """Terminate while a step samples: the sampler is slowed down in its third step."""
+    whole, output = folder / "whole", folder / "run"
+    argv = TOYS.train("d3po", output)
+    mmalign(*TOYS.train("d3po", whole))
+    from mmalign.rollout import Sampler
+
+    original, calls = Sampler.output, [0]
+
+    def slow(self: Sampler, *arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == 25 and SLEEP.exists():
+            HERE.touch()
+            time.sleep(120)
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    Sampler.output = slow  # type: ignore[assignment, method-assign]
+    SLEEP.touch()
+    terminate(argv, output, HERE.exists, tally)
+    SLEEP.unlink()
+    compare(argv, whole, output, tally)
+
+
+@case(3, "inside a save", EXPECTS)
+def stop_in_save(folder: Path, tally: Tally) -> None:
+    """Terminate in the middle of writing the second checkpoint."""
+    import mmalign.checkpoint as module
+
+    whole, output = folder / "whole", folder / "run"
+    argv = TOYS.train("mapo", output)
+    mmalign(*TOYS.train("mapo", whole))
+    original, calls = module._seal, [0]
+
+    def slow(path: Path) -> dict[str, int | str]:
+        calls[0] += 1
+        if calls[0] == 5 and SLEEP.exists():
+            HERE.touch()
+            time.sleep(1)
+        return original(path)
+
+    module._seal = slow
+    SLEEP.touch()
+    terminate(argv, output, HERE.exists, tally)
+    SLEEP.unlink()
+    compare(argv, whole, output, tally)
+
+
+@case(3, "sampling before and after training", "ends at once; resumed bitwise")
+def stop_outside_training(folder: Path, tally: Tally) -> None:
+    """Terminate while the base, then the aligned model, is sampled for the final evaluation."""
+    evaluation = (f"--evaluation.prompts={TOYS.prompts}", "--evaluation.images_per_prompt=40")
+    small = ("--max_steps=3", "--sampling.num_inference_steps=20")
+    whole, output = folder / "whole", folder / "run"
+    mmalign(*TOYS.train("mapo", whole, *evaluation, *small))
+    argv = TOYS.train("mapo", output, *evaluation, *small)
+    log = Path("log.txt")
+    for moment, words in (("before", "sample base"), ("after", "sample aligned")):
+        command = Command(argv, log)
+        while not command.ended and words not in (log.read_text() if log.exists() else ""):
+            time.sleep(0.002)
+        command.send(signal.SIGTERM)
+        said = command.wait(ALLOWED_SECONDS)
+        tally.point(said.code in TERMINATED, f"{moment} training: {said.code}")
+    compare(argv, whole, output, tally)
+    tally.answers = ["ends at once; resumed bitwise"]
+
+
+@case(3, "waiting for people's answers", "exit 143 within 30 s, the steps before are saved")
+def stop_waiting_for_people(folder: Path, tally: Tally) -> None:
+    """Terminate a run that waits in its first step for judgements."""
+    from mmalign.checkpoint import latest_checkpoint
+
+    output = folder / "run"
+    people = f'--rewards=[{{"name": "people", "options": {{"folder": "{folder / "people"}"}}}}]'
+    command = Command(TOYS.train("d3po", output, people), Path("log.txt"))
+    deadline = time.monotonic() + 60
+    while "waiting for people" not in _text(Path("log.txt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    command.send(signal.SIGTERM)
+    said = command.wait(ALLOWED_SECONDS)
+    left = latest_checkpoint(output / "checkpoints")
+    tally.point(said.code == 143 and left is None, f"code {said.code}; nothing to save in step 1")
+
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
