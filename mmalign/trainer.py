@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from mmalign.accumulation import Measured, accumulate
 from mmalign.config import TrainConfig
 from mmalign.metrics_log import MetricsLog
 from mmalign.monitor import Monitor
+from mmalign.optimizer import make_optimizer, skip_update
 from mmalign.processes import gather
 from mmalign.randomness import derive_seed
 from mmalign.training_state import Stateful, TrainingState
@@ -118,19 +118,7 @@ class Trainer:
         # Several processes can only leave together, between two steps.
         self.stop = StopSignal(GRACE_SECONDS if accelerator.num_processes == 1 else None)
         self._log: MetricsLog | None = None
-        optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-        self._lr_factor: Callable[[int], float] = get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.max_steps,
-        ).lr_lambdas[0]
+        optimizer, self._lr_factor = make_optimizer(self._parameters, config)
         self._optimizer = accelerator.prepare_optimizer(optimizer)
         decay = config.ema_decay
         self.ema = None if decay is None else EMAModel(self._parameters, decay=decay)
@@ -224,7 +212,7 @@ class Trainer:
         lr = self._config.learning_rate * self._lr_factor(step - 1)
         metrics = {**measured.values, "grad_norm": measured.grad_norm, "lr": lr}
         if measured.idle is not None:
-            self._skip_update()
+            skip_update(self._accelerator)
             self._monitor.idle(step, measured.idle)
             metrics["skipped"] = 1.0
         elif measured.finite or self._overflowed(measured):
@@ -247,7 +235,7 @@ class Trainer:
 
     def _refuse(self, step: int, measured: Measured) -> None:
         """Apply `on_nan`; the weights stay those of the step before."""
-        self._skip_update()
+        skip_update(self._accelerator)
         loss, norm = measured.values["loss"], measured.grad_norm
         what = f"step {step}: loss {loss:g}, gradient norm {norm:g}"
         if bad_ids := [name for names in gather(measured.bad_ids) for name in names]:
@@ -260,10 +248,6 @@ class Trainer:
         kept = self._keep(step - 1)
         hint = f"{MAX_SKIPPED_IN_A_ROW} before it skipped" if skip else "or set on_nan: skip"
         raise InputError(f"{what}; lower learning_rate or beta ({hint}); {kept}")
-
-    def _skip_update(self) -> None:
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.update()
 
     def _stop_if_idle(self, step: int) -> None:
         """End a run that has nothing left to learn from, or never had."""
