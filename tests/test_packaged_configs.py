@@ -10,6 +10,7 @@ from mmalign import config as options
 from mmalign.config import as_path
 from mmalign.objectives.vlm_rows import plan
 from mmalign.options import packaged_configs, parse_options
+from mmalign.pipelines._compare_plan import plan_methods
 from mmalign.pipelines._vlm_preset import resolve_preset
 
 CLASSES = {
@@ -26,6 +27,7 @@ CLASSES = {
     "draft": options.DraftConfig,
     "rocm": options.RocmConfig,
     "compare": options.CompareConfig,
+    "vlm_compare": options.CompareConfig,
     "pairs": options.PairsBuildConfig,
     "lcm_pairs": options.PairsBuildConfig,
     "vlm_dpo": options.VlmDpoConfig,
@@ -41,7 +43,7 @@ def test_configuration_parses(name: str) -> None:
     assert family in ("shapes", "sd15", "sdxl", "lcm", *VLM_FAMILIES)
     config = parse_options(CLASSES[rest], ["--config", name], command="x")
     # Real checkpoints are hub ids; Shapes world's are folders inside the package.
-    if rest != "compare":  # which names configurations of methods, each with its model
+    if not rest.endswith("compare"):  # which names configurations of methods, each with its model
         assert config.model.startswith("pkg://") == (family == "shapes")
 
 
@@ -95,3 +97,11 @@ def test_real_checkpoints_are_not_scored_by_the_reward_of_shapes_world(name: str
         return
     for reward in [*getattr(config, "rewards", []), *config.evaluation.rewards]:
         assert reward.name != "clip" or reward.options["model"] == "ViT-L-14", family
+
+
+@pytest.mark.parametrize("name", [n for n in packaged_configs() if n.endswith("compare")])
+def test_a_comparison_names_methods_that_parse(name: str) -> None:
+    methods = plan_methods(parse_options(options.CompareConfig, ["--config", name], command="x"))
+    assert len(methods) > 3
+    for clip in {getattr(method.parsed, "clip_model", None) for method in methods} - {None}:
+        assert as_path(clip).is_dir()
