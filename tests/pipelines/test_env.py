@@ -41,7 +41,8 @@ def test_devices_have_memory_and_driver(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
-    monkeypatch.setattr(env, "_output", lambda *command: "600.1\n600.1\n")
+    smi = {"nvidia-smi": "600.1\n600.1\n"}
+    monkeypatch.setattr(env, "_output", lambda *command: smi.get(command[0], ""))
     facts = described(capsys)
     assert facts["cuda:0"] == "Card, 24.0 GiB, compute 9.0"
     assert facts["driver"] == "600.1"
