@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Sums are the same on any number of cores, and processes do not fight for these. Torch reads it
+# when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import importlib.util
 import string
 import sys

@@ -26,6 +26,7 @@ import yaml
 
 from mmalign import cli, config
 from mmalign.cli import COMMANDS
+from mmalign.launch import PASSED_ON, config_file, take_launch_options
 from mmalign.options import _hint, _option_names, parse_options
 from mmalign.types import InputError
 
@@ -35,6 +36,7 @@ RUN = {"getting_started.md"}
 TESTED_ELSEWHERE = {"external_rewards.md": "rewards/test_external.py"}  # its scripts are servers
 INSTALLING = ("pip install", "uv sync", ".ci/run")
 NOT_OURS = {"--config", "--help", "--version", "--group", "--strict", "--resolution"}
+LAUNCHING = {f"--{name}" for name in ("accelerate_config", *PASSED_ON)}
 FENCE = re.compile(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```\s*?$", re.DOTALL | re.MULTILINE)
 
 
@@ -81,6 +83,9 @@ def parse(words: list[str]) -> None:
         return
     name = cli._command_words(words)
     assert name in COMMANDS, words
+    launch, words = take_launch_options(name, words)
+    if launch is not None and not launch["accelerate_config"].endswith(".yaml"):
+        assert config_file(launch["accelerate_config"]).is_file()
     command, flags = COMMANDS[name], words[len(name) :]
     if command.positional and flags and not flags[0].startswith("-"):
         flags = cli._named(command, flags)
@@ -202,7 +207,8 @@ def test_inline_options_and_commands_exist(page: Path) -> None:
         words = " ".join(span.split()).removeprefix("uv run ")
         if words.startswith("--"):
             names = re.findall(r"(?<!\S)(--[\w.*+-]+)", words)
-            unknown = [n for n in names if n not in NOT_OURS and not is_option(n[2:].rstrip("+"))]
+            others = [n for n in names if n not in NOT_OURS | LAUNCHING]
+            unknown = [n for n in others if not is_option(n[2:].rstrip("+"))]
             assert not unknown, f"{page.name}: `{span}`"
         elif words.startswith("mmalign "):
             plain = words.split(" [")[0].removeprefix("mmalign ").split()

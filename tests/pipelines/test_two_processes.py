@@ -292,6 +292,8 @@ def test_two_processes_train_what_one_trains(name: str, world: World, two: Path)
     for a, b in zip(alone, shared, strict=True):
         assert a.keys() == b.keys()
         for key in a:
+            if "accuracy" in key and a["step"] == 1:
+                continue  # the share of margins above 0, which are rounding before any update
             # A z-score divides by what the rewards of tiny random models differ by, and a margin is
             # the difference of sums of log-probs, whose last bits are so large.
             rough = (name, key) == ("d3po", "reward") or (name[:3], key) == ("vlm", "margin")
