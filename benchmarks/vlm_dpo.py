@@ -55,7 +55,18 @@ BATCH = 2
 WARM, TIMED = 1, 3
 STEPS = WARM + TIMED + 2
 """One step to warm up, some to time, one to see memory, one to count."""
-RATE, BETA, CLIP = 2e-4, 0.1, 1.0
+SETTINGS: dict[str, Any] = {
+    "beta": 0.1,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": BATCH,
+    "gradient_accumulation_steps": 1,
+    "max_steps": STEPS,
+}
+"""What both trainers are told, in the same words."""
 EQUAL = 1e-4
 OURS: dict[str, dict[str, Any]] = {
     "plain": {"share_prefix": False, "cache_reference": False},
@@ -212,17 +223,9 @@ def run_ours(folder: Path, output: Path, options: dict[str, Any]) -> tuple[list[
         device="cpu",
         offline=True,
         lora=lora_settings(),
-        beta=BETA,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=CLIP,
-        per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=1,
-        max_steps=STEPS,
         logging_steps=1,
         save_steps=0,
+        **SETTINGS,
         **options,
     )
     spent, fill = 0.0, ReferenceScores.fill
@@ -269,15 +272,7 @@ def run_trl(folder: Path, output: Path, *, checkpointing: bool) -> list[float]:
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=checkpointing,
-            beta=BETA,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            warmup_steps=0,
-            weight_decay=0.0,
-            max_grad_norm=CLIP,
-            per_device_train_batch_size=BATCH,
-            gradient_accumulation_steps=1,
-            max_steps=STEPS,
+            **SETTINGS,
             max_length=None,
             train_sampling_strategy="sequential",
             save_strategy="no",
