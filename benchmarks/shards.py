@@ -1,6 +1,6 @@
 """How fast `mmalign score` and `mmalign pairs build` go through webdataset shards, in what memory.
 
-    python benchmarks/shards.py --rows 10000 100000 1000000 --folder /tmp/shards
+    python benchmarks/shards.py --rows 10000 100000 1000000 --folder runs/shards
 
 Makes synthetic shards of 10,000 pictures of 8 x 8 pixels, ten candidates to a prompt, so that what
 is measured is the way of a row through mmalign rather than a reward; runs each command in a process
