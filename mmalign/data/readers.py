@@ -79,15 +79,43 @@ class PairTable:
     ties: int = 0
 
 
-@dataclass
-class Scan:
-    """What one pass over a source found; `bad_rows` includes the duplicates."""
+@dataclass(kw_only=True)
+class RowCounts:
+    """What one pass over a source came across; `bad_rows` includes the duplicates."""
 
-    pairs: LazyPairs
     bad_rows: list[BadRow] = field(default_factory=list)
     rows: int = 0
     ties: int = 0
     duplicates: int = 0
+
+    def refuse(self, row: BadRow, *, stop: bool) -> None:
+        """List a bad row.
+
+        Raises:
+            InputError: under `stop`.
+        """
+        if stop:
+            raise InputError(f"{row}; on_bad_row: skip leaves such rows out")
+        self.bad_rows.append(row)
+
+    def check(self, path: str) -> None:
+        """Name some of the bad rows in the log.
+
+        Raises:
+            InputError: there were no rows at `path`.
+        """
+        if not self.rows:
+            raise InputError(f"{path} has no rows")
+        if self.bad_rows:
+            some = "; ".join(map(str, self.bad_rows[:LISTED]))
+            logger.warning("%d bad rows skipped, among them: %s", len(self.bad_rows), some)
+
+
+@dataclass
+class Scan(RowCounts):
+    """The pairs that one pass over a source found, and what else was there."""
+
+    pairs: LazyPairs
 
 
 def read_pairs(config: PairsConfig) -> PairTable:
@@ -100,19 +128,14 @@ def read_pairs(config: PairsConfig) -> PairTable:
         InputError: for the first bad row under `on_bad_row: stop`; or if nothing is found at the
             path, its format is unclear, or it has no rows.
     """
-    if config.limit is not None and config.limit < 1:
-        raise InputError(f"pairs.limit must be at least 1, got {config.limit}")
+    check_limit(config.limit)
     found = scan(
         open_source(config.path, config.format),
         max_pixels=config.max_pixels,
         limit=config.limit,
         stop=config.on_bad_row == "stop",
     )
-    if not found.rows:
-        raise InputError(f"{config.path} has no rows")
-    if found.bad_rows:
-        some = "; ".join(map(str, found.bad_rows[:LISTED]))
-        logger.warning("%d bad rows skipped, among them: %s", len(found.bad_rows), some)
+    found.check(config.path)
     return PairTable(found.pairs, found.bad_rows, found.ties)
 
 
@@ -150,15 +173,23 @@ def scan(
         if isinstance(checked, Tie):
             found.ties += 1
         elif isinstance(checked, BadRow):
-            if stop:
-                raise InputError(f"{checked}; on_bad_row: skip leaves such rows out")
-            found.bad_rows.append(checked)
+            found.refuse(checked, stop=stop)
         elif isinstance(row, Row):
             found.pairs.infos.append(checked)
             keys.append(row.key)
             if len(keys) == limit:
                 break
     return found
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a limit that leaves no pair.
+
+    Raises:
+        InputError: it is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"pairs.limit must be at least 1, got {limit}")
 
 
 def describe(pairs: Sequence[PreferencePair]) -> list[PairInfo]:

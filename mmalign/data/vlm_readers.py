@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, overload
@@ -11,14 +10,12 @@ from tqdm.auto import tqdm
 
 from mmalign.config import VlmPairsConfig
 from mmalign.data.images import check_header, decode, hash_image
-from mmalign.data.readers import BAR_DELAY, LISTED, repeated
+from mmalign.data.readers import BAR_DELAY, RowCounts, check_limit, repeated
 from mmalign.data.schema import BadRow, PairInfo, RowError, content_hash, row_to_info
 from mmalign.data.validate import ValidationReport
 from mmalign.data.vlm_records import VlmRecord
 from mmalign.data.vlm_source import VlmFiles, VlmRow, open_vlm_source
-from mmalign.types import InputError, VlmPair
-
-logger = logging.getLogger(__name__)
+from mmalign.types import VlmPair
 
 
 class _Known(NamedTuple):
@@ -86,14 +83,10 @@ class VlmPairTable:
 
 
 @dataclass
-class VlmScan:
-    """What one pass over a source found; `bad_rows` includes the duplicates."""
+class VlmScan(RowCounts):
+    """The pairs that one pass over a source found, and what else was there."""
 
     pairs: VlmPairs
-    bad_rows: list[BadRow] = field(default_factory=list)
-    rows: int = 0
-    ties: int = 0
-    duplicates: int = 0
 
 
 def read_vlm_pairs(config: VlmPairsConfig) -> VlmPairTable:
@@ -105,8 +98,7 @@ def read_vlm_pairs(config: VlmPairsConfig) -> VlmPairTable:
         InputError: for the first bad row under `on_bad_row: stop`; or if nothing is found at the
             path, its format is unclear, or it has no rows.
     """
-    if config.limit is not None and config.limit < 1:
-        raise InputError(f"pairs.limit must be at least 1, got {config.limit}")
+    check_limit(config.limit)
     found = scan_vlm(
         open_vlm_source(config.path, config.format, config.images),
         max_pixels=config.max_pixels,
@@ -114,11 +106,7 @@ def read_vlm_pairs(config: VlmPairsConfig) -> VlmPairTable:
         limit=config.limit,
         stop=config.on_bad_row == "stop",
     )
-    if not found.rows:
-        raise InputError(f"{config.path} has no rows")
-    if found.bad_rows:
-        some = "; ".join(map(str, found.bad_rows[:LISTED]))
-        logger.warning("%d bad rows skipped, among them: %s", len(found.bad_rows), some)
+    found.check(config.path)
     return VlmPairTable(found.pairs, found.bad_rows, found.ties)
 
 
@@ -181,9 +169,7 @@ def scan_vlm(
         if checked is None:
             found.ties += 1
         elif isinstance(checked, BadRow):
-            if stop:
-                raise InputError(f"{checked}; on_bad_row: skip leaves such rows out")
-            found.bad_rows.append(checked)
+            found.refuse(checked, stop=stop)
         elif isinstance(row, VlmRow):
             # Image cells may be whole pictures; their key finds them again.
             record = row.record._replace(images=[], videos=[])
