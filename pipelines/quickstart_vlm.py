@@ -44,13 +44,6 @@ def run(config: QuickstartVlmConfig) -> None:
         f"--seed={config.seed}",
         f"--sampling.seed={config.seed}",
         f"--resampling.seed={config.seed}",
-        "--sampling.temperature=1.0",  # what greedy captions may say has to be sampled often
-        "--min_topics=1",
-        "--fallback=drop",  # the best whole answer is often one that says less
-        "--responses=6",
-        "--chunk=80",
-        "--sampling.batch_size=96",
-        "--resampling.batch_size=96",
     )
     overwrite_topics(topics)
     tqdm.write(f"2/2  train {config.preset}, and compare with the base on held-out pictures")
