@@ -40,7 +40,10 @@ class Meter:
 
     @property
     def train_seconds(self) -> float:
-        """Wall time of the training loop, checkpoints included, added up over resumed runs."""
+        """Wall time of the training loop, checkpoints included, added up over resumed runs.
+
+        A checkpoint holds the time up to when its writing began.
+        """
         running = 0.0 if self._since is None else time.monotonic() - self._since
         return self._seconds + running
 

@@ -30,7 +30,11 @@ Layout = Literal["parquet", "pickapic"]
 PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 PICKAPIC_OPTIONAL = ("has_label", "source", "pair_id")
 ROWS_AT_A_TIME = 16
-UNREADABLE: tuple[type[Exception], ...] = (OSError, pa.ArrowException)
+UNREADABLE: tuple[type[Exception], ...] = (
+    OSError,
+    pa.ArrowException,
+    UnicodeDecodeError,  # names of columns
+)
 
 
 class Location(NamedTuple):
@@ -196,9 +200,18 @@ def iterate_rows(parquet: Any, columns: Sequence[str], groups: range) -> Iterato
     for batch in batches:
         for index in range(batch.num_rows):
             yield {
-                name: column[index].as_py()
+                name: _value(name, column[index])
                 for name, column in zip(batch.schema.names, batch.columns, strict=True)
             }
+
+
+def _value(column: str, cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError, LookupError) as error:
+        # Text that is not UTF-8, times that Python does not have.
+        problem = f"a value of column {column!r}: {first_line(error)}"
+        raise pa.ArrowInvalid(problem) from error
 
 
 def _columns(layout: Layout) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -131,6 +131,30 @@ def test_wrong_cell_type(tmp_path: Path, png: Png) -> None:
         read(write(tmp_path / "a.parquet", columns))
 
 
+def test_column_name_that_is_not_text(tmp_path: Path, png: Png) -> None:
+    file = write(tmp_path / "a.parquet", canonical(png) | {"unused": [0, 0, 0]})
+    file.write_bytes(file.read_bytes().replace(b"unused", b"unu\xa2ed"))
+    with pytest.raises(InputError, match=r"a\.parquet is not a readable parquet file: 'utf-8'"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("column", "cells"),
+    [
+        ("prompt", pa.array([b"\xff"], pa.binary()).view(pa.utf8())),
+        ("margin", pa.array([2**31 - 1], pa.date32())),
+    ],
+)
+def test_value_that_python_does_not_have(
+    column: str, cells: pa.Array, tmp_path: Path, png: Png
+) -> None:
+    file = write(tmp_path / "a.parquet", canonical(png, count=1) | {column: cells})
+    with pytest.raises(
+        InputError, match=f"not a readable parquet file: a value of column '{column}'"
+    ):
+        read(file)
+
+
 def test_broken_file(tmp_path: Path, png: Png) -> None:
     file = write(tmp_path / "a.parquet", canonical(png))
     content = file.read_bytes()
