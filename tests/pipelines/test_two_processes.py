@@ -259,12 +259,15 @@ def world(
 
 
 @pytest.fixture(scope="module")
-def two(world: World) -> Path:
-    """Every run, by two processes that start once."""
+def two(world: World, request: pytest.FixtureRequest) -> Path:
+    """Every run that a selected test looks at, by two processes that start once."""
     folder = world.folder / "two"
+    here = [item for item in request.session.items if item.path == request.path]
+    chosen = [getattr(item, "callspec", None) for item in here]
+    named = {call.params["name"] for call in chosen if call is not None}
 
     def everything() -> None:
-        for name in JOBS:
+        for name in JOBS if None in chosen else sorted(named):
             os.environ["ACCELERATE_USE_FSDP"] = str("sharded" in name).lower()
             run(name, world, folder / name, 2)
 
