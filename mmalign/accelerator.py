@@ -28,8 +28,9 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from mmalign import zero
 from mmalign.config import TrainConfig, how_to_install
-from mmalign.sharding import FSDP, refuse_deepspeed, requested
+from mmalign.sharding import REQUESTS, requested
 from mmalign.types import InputError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -56,10 +57,11 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
             raise InputError(f"report_to: no tracker {name!r}; there are {known}")
         if name in missing:
             raise InputError(f"report_to: {name} is not installed; {how_to_install(name)}")
-    refuse_deepspeed()
+    if zero.requested():
+        zero.check()
     try:
         # Dividing weights is `mmalign.sharding`'s, so accelerate is not told of it.
-        with patch_environment(**{FSDP: "false"}):
+        with patch_environment(**dict.fromkeys(REQUESTS, "false")):
             accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -96,13 +98,21 @@ def prepare_model(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 
 @contextmanager
 def tracking(accelerator: Accelerator, config: TrainConfig) -> Iterator[None]:
-    """Start the trackers of `report_to` and finish them at the end of the block."""
+    """Start the trackers of `report_to` and finish them at the end of the block.
+
+    Raises:
+        InputError: one cannot start, because its server does not answer or wants a key.
+    """
     if config.report_to:
-        accelerator.init_trackers(
-            "mmalign",
-            config=_flat(dataclasses.asdict(config)),
-            init_kwargs=_tracker_options(config),
-        )
+        try:
+            accelerator.init_trackers(
+                "mmalign",
+                config=_flat(dataclasses.asdict(config)),
+                init_kwargs=_tracker_options(config),
+            )
+        except Exception as error:  # each tracker has errors of its own
+            names, reason = ", ".join(config.report_to), str(error).strip().splitlines() or [""]
+            raise InputError(f"report_to: {names} did not start: {reason[0]}") from error
     try:
         yield
     finally:
@@ -220,12 +230,19 @@ class StopSignal:
 
 
 def _tracker_options(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Name the run after its folder, keep files in there, and stay off the network if told to."""
-    name = Path(config.output_dir).name
-    wandb = {"name": name, "dir": config.output_dir}
+    """Name the run after its folder, keep files in there, and stay off the network if told to.
+
+    A resumed run goes on under the name, and for wandb the number, that it had.
+    """
+    folder = Path(config.output_dir)
+    wandb, trackio = {"name": folder.name, "dir": config.output_dir}, {"name": folder.name}
     if getattr(config, "offline", False):
         wandb["mode"] = "offline"
-    return {"wandb": wandb, "trackio": {"name": name}}
+    if config.resume_from_checkpoint is not None:
+        trackio["resume"] = wandb["resume"] = "allow"
+        if earlier := sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.stat().st_mtime):
+            wandb["id"] = earlier[-1].name.rpartition("-")[2]
+    return {"wandb": wandb, "trackio": trackio}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:

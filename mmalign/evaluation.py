@@ -14,6 +14,7 @@ from mmalign.intervals import Mean, WinRate, checked_values, mean_ci, win_rate
 from mmalign.processes import gather_shared, is_main, share
 from mmalign.randomness import derive_seed
 from mmalign.scoring import score_in_batches
+from mmalign.sharding import requested
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -123,9 +124,11 @@ def sample_images(
 ) -> Tensor:
     """Sample one image per prompt and seed in batches, with a bar; (N, 3, H, W) float32 on CPU.
 
-    Several processes, all of which have to call it, share the batches, and each gets all images.
+    Several processes, all of which have to call it, share the batches, and each gets all images;
+    where weights are divided, all do everything, because they have to run as many forwards.
     """
-    starts = share(range(0, len(prompts), sampling.batch_size))
+    everything = range(0, len(prompts), sampling.batch_size)
+    starts = everything if requested() else share(everything)
     batches = [slice(start, start + sampling.batch_size) for start in starts]
     total = sum(len(prompts[rows]) for rows in batches)
     parts = []
@@ -134,7 +137,7 @@ def sample_images(
             images = adapter.sample(prompts[rows], seeds[rows], sampling)
             parts.append(images.float().cpu())
             bar.update(len(images))
-    return torch.cat(gather_shared(parts))
+    return torch.cat(parts if requested() else gather_shared(parts))
 
 
 def evaluate_models(

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmalign.config import as_path
+from mmalign.config import NO_DEEPSPEED, as_path
 from mmalign.types import InputError
 
 CONFIGS = "pkg://mmalign.configs/accelerate"
@@ -27,8 +27,8 @@ PASSED_ON = (
 )
 """Options of `accelerate launch` that mmalign passes on."""
 LAUNCH_HELP = (
-    "train, score and pairs build take --accelerate_config ddp|fsdp2|FILE and --num_processes N,\n"
-    "and run in N processes."
+    "train, score and pairs build take --accelerate_config ddp|fsdp2|\n"
+    "deepspeed_zero3|FILE and --num_processes N, and run in N processes."
 )
 SAVING_SECONDS = 120
 """How long processes have to save themselves after SIGTERM."""
@@ -119,6 +119,8 @@ def relaunch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
         return code if code >= 0 else 128 - code
     except SignalException as error:
         return 128 + int(error.sigval)
+    except ImportError as error:
+        raise InputError(NO_DEEPSPEED) from error
     except ValueError as error:
         raise InputError(f"accelerate_config: {str(error).splitlines()[0]}") from error
     return 0

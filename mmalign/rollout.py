@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmalign import sharding
 from mmalign.diffusion import SamplerGrid, Transition
 from mmalign.randomness import Key, keyed_generator
 from mmalign.types import Condition, ImageAdapter, Trajectory
@@ -132,11 +133,11 @@ def differentiable_sample(
     """
     if not 1 <= backprop_steps <= len(sampler):
         raise ValueError(f"backprop_steps must be in 1..{len(sampler)}, got {backprop_steps}")
-    taken = []
+    taken, options = [], sharding.checkpointing()
     for step in range(len(sampler)):
         with torch.set_grad_enabled(step >= len(sampler) - backprop_steps):
             if checkpointing and torch.is_grad_enabled():
-                output = checkpoint(sampler.output, latents, step, use_reentrant=False)
+                output = checkpoint(sampler.output, latents, step, **options)
             else:
                 output = sampler.output(latents, step)
             move = sampler.step(output, latents, step)

@@ -1,8 +1,9 @@
-"""Layers of a large model divided among processes, by PyTorch's FSDP2.
+"""Layers of a large model divided among processes, by PyTorch's FSDP2 or DeepSpeed's ZeRO-3.
 
-`accelerate launch` with a configuration of type FSDP asks for it. Each decoder layer is divided by
-itself and put together while it runs; everything else of the model is on every process. So any way
-into the model works, as long as all processes take the same ways equally often.
+`accelerate launch` with a configuration of type FSDP or DEEPSPEED asks for it. Layers are put
+together while they run; everything else of the model is on every process. So any way into the model
+works, as long as all processes take the same ways equally often. FSDP2 divides what is trained as
+well; for DeepSpeed see `mmalign.zero`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,29 +20,37 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mmalign import zero
 from mmalign.processes import world_size
-from mmalign.types import InputError
 
-FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+FSDP = "ACCELERATE_USE_FSDP"
+REQUESTS = (FSDP, zero.REQUEST)
 
 
 def requested() -> bool:
     """Tell whether the launcher asks for divided weights."""
-    return world_size() > 1 and os.environ.get(FSDP, "").lower() == "true"
+    asked = zero.requested() or os.environ.get(FSDP, "").lower() == "true"
+    return world_size() > 1 and asked
 
 
-def refuse_deepspeed() -> None:
-    """Refuse a launcher's configuration of DeepSpeed.
-
-    Raises:
-        InputError: saying what to use.
-    """
-    if os.environ.get(DEEPSPEED, "").lower() == "true":
-        raise InputError("accelerate_config: DeepSpeed is not supported; fsdp2 divides the same")
+def checkpointing() -> dict[str, Any]:
+    """Return the options of `torch.utils.checkpoint` that suit the weights."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if zero.requested():
+        # It compares shapes of what was saved, and a layer that was put away again has none.
+        options["determinism_check"] = "none"
+    return options
 
 
 def shard_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Divide the weights of each layer among the processes, in place."""
+    """Divide the weights of each layer among the processes, in place.
+
+    Raises:
+        InputError: DeepSpeed is asked for, and nothing is frozen.
+    """
+    if zero.requested():
+        zero.divide(layers, device)
+        return
     for layer in layers:
         fully_shard(layer, mesh=_mesh(device.type), reshard_after_forward=True)
 
@@ -48,7 +58,7 @@ def shard_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
 def place_rest(model: nn.Module, device: torch.device) -> None:
     """Put what is not divided on the device; the layers are there already, each with its part."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if not isinstance(tensor, DTensor):
+        if not isinstance(tensor, DTensor) and not zero.is_divided(tensor):
             tensor.data = tensor.data.to(device)
 
 

@@ -18,6 +18,7 @@ from mmalign.data.batch import PairBatch
 from mmalign.diffusion import denoising_error, training_target
 from mmalign.pipelines._training import Run, Step
 from mmalign.processes import gather
+from mmalign.sharding import requested
 from mmalign.types import ImageAdapter, InputError, StepOutput
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
@@ -48,12 +49,14 @@ class DenoisingMeasure:
 
     With `cache` the reference's errors are kept by (pair, draw): draws are fixed then, so they
     never change. The cache is part of the checkpoint, because an error computed again in another
-    batch may differ in its last bits.
+    batch may differ in its last bits. Where weights are divided, nothing is looked up: processes
+    have to run as many forwards.
     """
 
     def __init__(self, run: Run, *, cache: bool = False, needs_reference: bool = True) -> None:
         """Measure with `run`'s adapter and reference."""
-        self._run, self._cache, self._needs_reference = run, cache, needs_reference
+        self._run, self._needs_reference = run, needs_reference
+        self._cache = cache and not requested()
         self._known: dict[str, tuple[float, float]] = {}
         if cache:
             run.state["reference_errors"] = self

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from mmalign import sharding
+from mmalign import sharding, zero
 from mmalign.accelerator import make_accelerator, prepare_model, track_evaluation
 from mmalign.adapters import load_adapter, no_file_bars
 from mmalign.checkpoint import list_checkpoints
@@ -206,19 +207,24 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     """Attach what is trained and its reference, then hand the denoiser to accelerate.
 
     Raises:
-        InputError: options are unusable, or the launcher asks for divided weights.
+        InputError: options are unusable, or the launcher asks for weights divided by FSDP2.
     """
-    if sharding.requested():
-        raise InputError("accelerate_config: fsdp2 is for vision-language models; use ddp")
+    if sharding.requested() and not zero.requested():
+        raise InputError(
+            "accelerate_config: fsdp2 is for vision-language models; use ddp or deepspeed_zero3"
+        )
     denoiser: Any = adapter.denoiser
     if config.lora.enabled:
         attach_lora(denoiser, config.lora, config.seed)
     else:
         denoiser.requires_grad_(True)
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        options = sharding.checkpointing()
+        denoiser.enable_gradient_checkpointing(partial(checkpoint, **options))
     if config.channels_last:
         denoiser.to(memory_format=torch.channels_last)
+    if sharding.requested():
+        sharding.shard_layers([denoiser], accelerator.device)
     reference = make_reference(adapter, config.lora, config)
     adapter.denoiser = prepare_model(accelerator, denoiser)
     meter = CostMeter()

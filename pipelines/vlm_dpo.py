@@ -204,7 +204,7 @@ class _Job:
         config = self._config
         if config.ema_decay is not None or config.reference_update != "never":
             raise InputError(
-                "ema_decay, reference_update: fsdp2 keeps no average and no moving reference"
+                "ema_decay, reference_update: divided weights have no average and move no reference"
             )
         scorers: list[Any] = [self._adapter.policy, self._reference.network]
         for scorer in scorers:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from mmalign.config import is_installed
 from mmalign.launch import config_file, take_launch_options
 from mmalign.types import InputError
 
@@ -40,11 +41,11 @@ def test_options_that_say_nothing_are_refused(
 
 
 def test_packaged_configurations_are_found() -> None:
-    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    kinds = {"ddp": "MULTI_GPU", "deepspeed_zero3": "DEEPSPEED", "fsdp2": "FSDP"}
     for name, kind in kinds.items():
         settings = yaml.safe_load(config_file(name).read_text())
         assert settings["distributed_type"] == kind
-    with pytest.raises(InputError, match="packaged ones are ddp, fsdp2"):
+    with pytest.raises(InputError, match="packaged ones are ddp, deepspeed_zero3, fsdp2"):
         config_file("dpp")
 
 
@@ -55,3 +56,13 @@ def test_what_all_processes_refuse_is_said_once() -> None:
     assert done.returncode == 2
     assert done.stderr == "error: pairs.path: no such file or folder: nowhere\n"
     assert done.stdout == ""
+
+
+@pytest.mark.skipif(is_installed("deepspeed"), reason="for those who have not got it")
+def test_deepspeed_that_is_not_installed_is_one_line() -> None:
+    command = [sys.executable, "-m", "mmalign", "train", "mapo", "--accelerate_config"]
+    command += ["deepspeed_zero3", "--num_processes", "2", "--pairs.path", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: accelerate_config: DeepSpeed is not installed; pip install")

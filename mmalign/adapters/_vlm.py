@@ -31,6 +31,7 @@ from mmalign.adapters._vlm_source import VlmSource, fingerprint_of
 from mmalign.config import GenerationConfig
 from mmalign.data.images import decode, hash_image
 from mmalign.data.schema import RowError
+from mmalign.sharding import checkpointing
 from mmalign.types import (
     Branches,
     EncodedVlmPair,
@@ -132,7 +133,7 @@ class VlmFamily(ABC):
         """Compute activations again in the backward pass instead of keeping them."""
         model = self.model
         newer = getattr(model, "activation_checkpointing_enable", None)
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        (newer or model.gradient_checkpointing_enable)(checkpointing())
         # The backward pass begins with the last layer, which would be computed again at once: it
         # holds no more memory when it keeps its activations, and may leave out what nobody reads.
         model.model.language_model.layers[-1].gradient_checkpointing = False

@@ -12,7 +12,7 @@ from mmalign.config.compare import (
     MethodConfig,
 )
 from mmalign.config.endpoint import EndpointConfig
-from mmalign.config.extras import TRACKERS, how_to_install, is_installed
+from mmalign.config.extras import NO_DEEPSPEED, TRACKERS, how_to_install, is_installed
 from mmalign.config.files import (
     as_path,
     changed_options,
@@ -110,6 +110,7 @@ __all__ = [
     "ATTENTION_TARGETS",
     "EVALUATION_SEED",
     "LANGUAGE_TARGETS",
+    "NO_DEEPSPEED",
     "TRACKERS",
     "TRAIN_CONFIGS",
     "BenchmarkConfig",

@@ -7,6 +7,11 @@ from importlib.util import find_spec
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """Trackers that have an extra of their own in `pyproject.toml`."""
 
+NO_DEEPSPEED = (
+    "accelerate_config: DeepSpeed is not installed; pip install 'mmalign[deepspeed]', or use ddp or"
+    " fsdp2"
+)
+
 
 def is_installed(package: str) -> bool:
     """Tell whether a top-level package can be imported, without importing it."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mmalign.config import (
     SamplingConfig,
 )
 from mmalign.pipelines import draft
+from mmalign.types import InputError
 
 BRIGHT, SATURATED = RewardConfig(name="brightness"), RewardConfig(name="saturation")
 
@@ -100,6 +103,30 @@ def test_trackio_gets_the_metrics(
     assert [line["step"] for line in logged(tmp_path, "metrics.jsonl")] == [1, 2]
 
 
+def test_a_resumed_run_goes_on_where_it_was_tracked(tmp_path: Path) -> None:
+    fresh = config(tmp_path, tmp_path, "wandb")
+    resumed = replace(fresh, offline=False, resume_from_checkpoint="latest")
+    assert "resume" not in _tracker_options(fresh)["trackio"]
+    assert _tracker_options(resumed)["trackio"] == {"name": "run", "resume": "allow"}
+    assert "id" not in _tracker_options(resumed)["wandb"]
+    for name in ("run-20260101_000000-abc123", "offline-run-20260102_000000-def456"):
+        (tmp_path / "run" / "wandb" / name).mkdir(parents=True)
+    os.utime(tmp_path / "run" / "wandb" / "run-20260101_000000-abc123", (0, 0))
+    options = _tracker_options(resumed)["wandb"]
+    assert (options["id"], options["resume"]) == ("def456", "allow")
+
+
+def test_a_tracker_that_does_not_start_is_one_line(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise ConnectionError("no answer\nfrom the server")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
+    with pytest.raises(InputError, match=r"^report_to: tensorboard did not start: no answer$"):
+        draft.run(config(tiny_sd, tmp_path, "tensorboard"))
+
+
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_missing_tracker_is_one_line_that_names_the_extra(
     tmp_path: Path,
@@ -122,4 +149,5 @@ def test_missing_tracker_is_one_line_that_names_the_extra(
 
 def test_every_tracker_has_an_extra() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
-    assert sorted(project["project"]["optional-dependencies"]) == sorted(TRACKERS)
+    extras = project["project"]["optional-dependencies"]
+    assert sorted(extras) == sorted([*TRACKERS, "deepspeed"])
