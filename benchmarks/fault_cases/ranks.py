@@ -121,26 +121,30 @@ def terminated(method: str, by: str, folder: Path, tally: Tally) -> None:
     said = run.wait(60)
     seconds = time.monotonic() - started
     path, left = latest_checkpoint(output / "checkpoints"), run.orphans()
-    ok = said.code == 143 if by == "ddp" else said.code != 0
-    ok = ok and seconds < (30 if by == "ddp" else 45) and path is not None and not left
+    ours = by in ("ddp", "fsdp2")
+    ok = said.code == 143 if ours else said.code != 0
+    ok = ok and seconds < (30 if ours else 45) and path is not None and not left
     tally.point(ok, f"code {said.code} after {seconds:.0f} s, {path}, orphans {left}")
     tally.answers.append(f"launcher ends with {said.code}, {path.name if path else None}")
     _resumed(whole, output, method, tally, by)
 
 
-for _method in ("diffusion-dpo", "d3po"):
-    case(
-        3,
-        f"training, {_method}, {TWO}",
-        "saved, no orphan, within 45 s (torchrun's 30 included); resumed bitwise",
-        limit=600,
-    )(partial(terminated, _method, "torchrun"))
-case(
-    3,
-    f"training, diffusion-dpo, mmalign's launcher, {TWO}",
-    "saved, 143, no orphan, within 30 s; resumed bitwise",
-    limit=600,
-)(partial(terminated, "diffusion-dpo", "ddp"))
+for _method, _by in (
+    ("diffusion-dpo", "torchrun"),
+    ("d3po", "torchrun"),
+    ("mapo", "accelerate"),
+    ("diffusion-dpo", "ddp"),
+    ("vlm-dpo", "fsdp2"),
+):
+    _name = {"torchrun": "", "accelerate": ", accelerate launch"}.get(
+        _by, f", mmalign's launcher with {_by}"
+    )
+    _expects = "saved, no orphan, within 45 s (torchrun's 30 included); resumed bitwise"
+    if _by in ("ddp", "fsdp2"):
+        _expects = "saved, 143, no orphan, within 30 s; resumed bitwise"
+    case(3, f"training, {_method}{_name}, {TWO}", _expects, limit=600)(
+        partial(terminated, _method, _by)
+    )
 
 
 @case(
