@@ -16,7 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mmalign.launch import LAUNCH_HELP, relaunch, take_launch_options
-from mmalign.processes import GRACE_SECONDS, launched, leave, lost_contact, report
+from mmalign.processes import (
+    GRACE_SECONDS,
+    launched,
+    leave,
+    lost_contact,
+    report,
+    stop_with_launcher,
+)
 from mmalign.types import InputError
 
 Words = tuple[str, ...]
@@ -203,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"mmalign {version('mmalign')}\n")
         return 0
+    stop_with_launcher()
     main_process = launched()[0] == 0
     if not main_process:
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -104,6 +104,8 @@ def relaunch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
         raise InputError(f"num_processes: not a number: {options['num_processes']}")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Where no name server is in reach, torch warns of each connection that it has no name.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException

@@ -8,7 +8,9 @@ processes send each other is unpickled.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 GRACE_SECONDS = 2.0
 """How long a process waits for another one to report the failure that it has met as well."""
+LOOK_SECONDS = 1.0
+"""How often a process looks whether its launcher is still there."""
 
 
 def world_size() -> int:
@@ -110,6 +114,27 @@ def leave() -> None:
         import torch.distributed as dist
 
         dist.destroy_process_group()
+
+
+def stop_with_launcher() -> None:
+    """From now on, end this process soon after its launcher, torchrun or ours, was killed.
+
+    Nobody else would end it: it would go on, and hold its device. It saves itself as after SIGTERM,
+    and is killed after as long as the launcher would have waited.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    patience = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def lost_contact(error: RuntimeError) -> str | None:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from mmalign.config import GenerationConfig
 from mmalign.intervals import mean_ci, win_rate
 from mmalign.pipelines._vlm_trial import TrialResult
+from mmalign.processes import is_main
 from mmalign.report import AnswerComparison
 from mmalign.shapes.companions import probe_set, scene_set
 from mmalign.shapes.hallucination import (
@@ -53,7 +54,9 @@ class SpeechTrial:
         size = self._generation.batch_size
         probed = [Question(p.prompt, (self.pictures[p.scene_index],)) for p in self.probes]
         answers = [YES if yes > no else NO for yes, no in adapter.yes_no(probed, size)]
-        tqdm.write(f"described {len(captions)} held-out scenes, answered {len(answers)} questions")
+        if is_main():
+            told = f"described {len(captions)} held-out scenes, answered {len(answers)} questions"
+            tqdm.write(told)
         return Spoken(captions, answers)
 
     def compare(self, before: Spoken, after: Spoken, shown: int) -> TrialResult:

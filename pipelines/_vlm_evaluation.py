@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmalign.adapters._answers import question_batches
 from mmalign.adapters._vlm import VlmFamily
-from mmalign.config import GenerationConfig, VlmDpoConfig
+from mmalign.config import VlmDpoConfig
 from mmalign.data.vlm_readers import read_vlm_pairs
 from mmalign.intervals import mean_ci
+from mmalign.pipelines._shared_answers import shared_answers
 from mmalign.pipelines._vlm_pairs import EncodedPairs
 from mmalign.pipelines._vlm_trial import AnswerTrial
-from mmalign.processes import gather, gather_shared, is_main, share
+from mmalign.processes import gather_shared, is_main, share
 from mmalign.report import AnswerComparison, WinRateSummary
 from mmalign.sharding import requested
 from mmalign.types import Branches, Question
@@ -63,10 +63,11 @@ class Evaluator:
         self._held_out = None if config.eval_pairs is None else HeldOut(adapter, config)
 
     def measure(self, description: str) -> Measured:
-        """Measure the model as it is."""
+        """Measure the model as it is; several processes, all of which have to call it, share it."""
         pairs = None if self._held_out is None else self._held_out.measure(description)
-        trial = None if self._trial is None else self._trial.listen(self._adapter)
-        return Measured(pairs, trial)
+        if self._trial is None:
+            return Measured(pairs, None)
+        return Measured(pairs, self._trial.listen(shared_answers(self._adapter)))
 
     def compare(self, before: Measured, after: Measured) -> VlmEvaluation:
         """Put together what changed."""
@@ -121,7 +122,8 @@ class HeldOut:
         rows = [self._score(index) for index in bar]
         rows = rows if requested() else gather_shared(rows)
         columns = map(list, zip(*rows, strict=True))
-        return Side(dict(zip(names, columns, strict=True)), self._answered())
+        answers = shared_answers(self._adapter).generate(self.questions, self._config.generation)
+        return Side(dict(zip(names, columns, strict=True)), answers)
 
     def _score(self, index: int) -> tuple[float, float, float, float]:
         """Measure one pair."""
@@ -134,20 +136,6 @@ class HeldOut:
         chosen, rejected = (float(logps.mean()) for logps in sides)
         gap = chosen - rejected
         return chosen, rejected, 0.5 + 0.5 * ((gap > 0) - (gap < 0)), gap
-
-    def _answered(self) -> list[str]:
-        """Answer the questions, whole batches at a time, so that sharing changes no answer."""
-        config: GenerationConfig = self._config.generation
-        # Draws at a temperature are keyed by the questions before, in this list.
-        if config.temperature > 0 or requested():
-            return self._adapter.generate(self.questions, config)
-        places = share(list(question_batches(self.questions, config.batch_size)))
-        answers = [self._adapter.generate([self.questions[i] for i in p], config) for p in places]
-        found: dict[int, str] = {}
-        for part in gather([*zip(places, answers, strict=True)]):
-            for batch, texts in part:
-                found |= zip(batch, texts, strict=True)
-        return [found[i] for i in range(len(self.questions))]
 
     def compare(self, before: Side, after: Side) -> VlmEvaluation:
         """Compare two models on the same pairs."""

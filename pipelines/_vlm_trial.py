@@ -46,7 +46,8 @@ class AnswerTrial(Protocol):
     """A task for a vision-language model.
 
     Made as `Trial(seed=..., generation=..., **options)`, where `generation` says how answers are
-    generated.
+    generated. Several processes all make one and do all of it, but share out the answers: what they
+    ask `adapter.generate` and `adapter.yes_no` has to be the same everywhere.
     """
 
     def listen(self, adapter: VlmAdapter) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,8 +61,11 @@ def started(folder: Path, change: Change, monkeypatch: pytest.MonkeyPatch, **opt
 
 
 def said(output: str) -> list[str]:
-    """List what is neither a progress bar nor empty."""
-    return [line for line in re.split(r"[\r\n]+", output) if line and not line.startswith("train:")]
+    """List what is neither empty nor progress nor a warning of torch that there is no network."""
+    lines = [
+        line for line in re.split(r"[\r\n]+", output) if line and "[c10d] The host" not in line
+    ]
+    return [line for line in lines if not line.startswith("train:")]
 
 
 def test_alone_there_is_nothing_to_agree_on() -> None:
@@ -158,3 +162,36 @@ def test_a_signal_to_one_stops_both_after_the_same_step(
     ended = started(tmp_path, stopped, monkeypatch, save_steps=0)
     assert ended.codes == [143, 143], ended.output
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_who_has_lost_its_launcher_is_told_to_stop_and_then_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.05)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0.3")
+    heard, tell = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, lambda number, frame: os.write(tell, b"stop"))
+            processes.stop_with_launcher()
+            time.sleep(0.3)
+            os.write(tell, b"start ")
+            time.sleep(20)
+            os.write(tell, b" end")
+            os._exit(0)
+        os.close(heard)
+        time.sleep(0.8)
+        os._exit(0)
+    os.close(tell)
+    with os.fdopen(heard, "rb") as stream:  # up to the end of all who hold the other side
+        assert stream.read() == b"start stop"
+    os.waitpid(launcher, 0)
+
+
+def test_who_was_started_otherwise_looks_after_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = threading.active_count()
+    processes.stop_with_launcher()
+    assert threading.active_count() == before

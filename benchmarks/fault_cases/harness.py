@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 ANSWER_LENGTH = 240
+MARK = "FAULT_CASE"
 POLL_SECONDS = 0.005
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -135,6 +137,7 @@ def run_case(which: Case, folder: Path) -> Outcome:
         if not ended:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
+        kill(programs_of(folder))
     tally = Tally(tried=1, failures=[f"no outcome within {which.limit:g} s"])
     if report.exists():
         text = report.read_text()
@@ -152,8 +155,30 @@ def run_case(which: Case, folder: Path) -> Outcome:
     )
 
 
+def programs_of(folder: Path) -> list[int]:
+    """List the programs that the case in `folder` has started and that are left.
+
+    Forks of the case are not among them, which only its process group has; but all that those have
+    executed are, in whatever group or session.
+    """
+    mark, found = f"{MARK}={folder}".encode(), []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):  # it has ended, or is not ours
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def kill(processes: Iterable[int]) -> None:
+    """Send SIGKILL."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
 def _in_child(which: Case, folder: Path, report: Path) -> None:
     tally = Tally()
+    os.environ[MARK] = str(folder)
     try:
         os.chdir(folder)
         which.action(folder, tally)

@@ -1,4 +1,4 @@
-"""Two processes, over gloo: rows 3, 6, 14 and 15."""
+"""Two processes, over gloo: rows 1, 3, 6, 14 and 15."""
 
 from __future__ import annotations
 
@@ -15,23 +15,39 @@ from pathlib import Path
 
 import torch
 
-from .harness import REPOSITORY, Said, Tally, case, mmalign
+from .harness import REPOSITORY, Said, Tally, case, kill, mmalign, programs_of
+from .numbers import finite
 from .toys import TOYS, difference, weights
 
 TWO = "2 processes"
 END_SECONDS = 90
-RANKS = "all processes end, none with 0, within 90 s; no orphan"
+RANKS = "all processes end, none with 0, within 90 s of the fault; no orphan"
+OURS = ["-m", "mmalign"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"]
+ACCELERATE = [
+    *("-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port={port}"),
+    *("--config_file", str(REPOSITORY / "configs" / "accelerate" / "ddp.yaml")),
+]
 
 
 class Launched:
-    """A command on two processes, started by torchrun in a process group of its own."""
+    """A command on two processes, each of which a launcher starts in a session of its own."""
 
-    def __init__(self, argv: list[str], fault: str = "") -> None:
-        """Start it; `fault` is injected by `fault_cases.rank`."""
+    def __init__(self, argv: list[str], fault: str = "", by: str = "torchrun") -> None:
+        """Start it.
+
+        Args:
+            argv: arguments of `mmalign`.
+            fault: what `fault_cases.rank` injects; needs torchrun.
+            by: torchrun, accelerate, or a configuration for mmalign's own launcher.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+        launcher = {
+            "torchrun": [*TORCHRUN, "-m", "fault_cases.rank", *argv],
+            "accelerate": [*ACCELERATE, *OURS, *argv],
+        }.get(by, [*OURS, *argv, f"--accelerate_config={by}", "--num_processes=2"])
         env = {
             **os.environ,
             "FAULT": fault,
@@ -41,38 +57,42 @@ class Launched:
         self.log = Path("log.txt")
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "fault_cases.rank", *argv],
+                [sys.executable, *(part.format(port=port) for part in launcher)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=env,
-                start_new_session=True,
             )
 
+    def reached(self, output: Path, step: int) -> None:
+        """Wait until a step is logged, or the launcher has ended."""
+        while _lines(output) < step and self.process.poll() is None:
+            time.sleep(0.005)
+
     def wait(self, seconds: float = 240) -> Said:
-        """Wait for the launcher; after the time kill the whole group and say -9."""
+        """Wait for the launcher; after the time kill everything and say -9."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill()
             code = -signal.SIGKILL
-            self.process.wait()
         return Said(code, self.log.read_text(errors="replace"))
 
-    @property
-    def orphans(self) -> bool:
-        """Whether a process of the group is left."""
-        for _ in range(40):
-            try:
-                os.killpg(self.process.pid, 0)
-            except ProcessLookupError:
-                return False
+    def kill(self) -> None:
+        """Kill the launcher and what it has started, at once."""
+        kill([self.process.pid, *programs_of(Path.cwd())])
+        self.process.wait()
+
+    def orphans(self, seconds: float = 2) -> list[int]:
+        """List the processes that are left after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (left := programs_of(Path.cwd())) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return True
+        return left
 
 
-def two(argv: list[str], fault: str = "") -> Said:
+def two(argv: list[str], fault: str = "", by: str = "torchrun") -> Said:
     """Run a command on two processes to its end."""
-    return Launched(argv, fault).wait()
+    return Launched(argv, fault, by).wait()
 
 
 def _lines(output: Path) -> int:
@@ -80,52 +100,92 @@ def _lines(output: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def terminated(method: str, folder: Path, tally: Tally) -> None:
-    """Send SIGTERM to the launcher in the middle; resume and compare with an undisturbed run."""
-    from mmalign.checkpoint import latest_checkpoint
-
-    whole, output = folder / "whole", folder / "run"
-    said = two(TOYS.train(method, whole))
-    tally.point(said.code == 0, f"undisturbed: code {said.code}: {said.error}")
-    run = Launched(TOYS.train(method, output))
-    while _lines(output) < 3 and run.process.poll() is None:
-        time.sleep(0.01)
-    run.process.terminate()
-    started = time.monotonic()
-    said = run.wait(60)
-    seconds = time.monotonic() - started
-    path = latest_checkpoint(output / "checkpoints")
-    ok = said.code != 0 and seconds < 45 and path is not None and not run.orphans
-    tally.point(ok, f"code {said.code} after {seconds:.0f} s, {path}")
-    tally.answers.append(f"launcher ends with {said.code}, {path.name if path else None}")
-    said = two(TOYS.train(method, output))
+def _resumed(whole: Path, output: Path, method: str, tally: Tally, by: str = "torchrun") -> None:
+    """Count whether a run that was stopped ends bitwise as the whole one."""
+    said = two(TOYS.train(method, output), by=by)
     problem = f"{said.code}: {said.error}" if said.code else difference(whole, output)
     tally.point(not problem, f"resumed: {problem}")
 
 
-for _method in ("diffusion-dpo", "d3po"):
-    case(
-        3,
-        f"training, {_method}, {TWO}",
-        "saved, no orphan, within 45 s (torchrun's 30 included); resumed bitwise",
-        limit=600,
-    )(partial(terminated, _method))
+def terminated(method: str, by: str, folder: Path, tally: Tally) -> None:
+    """Send SIGTERM to the launcher in the middle; resume and compare with an undisturbed run."""
+    from mmalign.checkpoint import latest_checkpoint
+
+    whole, output = folder / "whole", folder / "run"
+    said = two(TOYS.train(method, whole), by=by)
+    tally.point(said.code == 0, f"undisturbed: code {said.code}: {said.error}")
+    run = Launched(TOYS.train(method, output), by=by)
+    run.reached(output, 3)
+    run.process.terminate()
+    started = time.monotonic()
+    said = run.wait(60)
+    seconds = time.monotonic() - started
+    path, left = latest_checkpoint(output / "checkpoints"), run.orphans()
+    ours = by in ("ddp", "fsdp2")
+    ok = said.code == 143 if ours else said.code != 0
+    ok = ok and seconds < (30 if ours else 45) and path is not None and not left
+    tally.point(ok, f"code {said.code} after {seconds:.0f} s, {path}, orphans {left}")
+    tally.answers.append(f"launcher ends with {said.code}, {path.name if path else None}")
+    _resumed(whole, output, method, tally, by)
+
+
+for _method, _by in (
+    ("diffusion-dpo", "torchrun"),
+    ("d3po", "torchrun"),
+    ("mapo", "accelerate"),
+    ("diffusion-dpo", "ddp"),
+    ("vlm-dpo", "fsdp2"),
+):
+    _name = {"torchrun": "", "accelerate": ", accelerate launch"}.get(
+        _by, f", mmalign's launcher with {_by}"
+    )
+    _expects = "saved, no orphan, within 45 s (torchrun's 30 included); resumed bitwise"
+    if _by in ("ddp", "fsdp2"):
+        _expects = "saved, 143, no orphan, within 30 s; resumed bitwise"
+    case(3, f"training, {_method}{_name}, {TWO}", _expects, limit=600)(
+        partial(terminated, _method, _by)
+    )
+
+
+@case(
+    3,
+    f"a step longer than the launcher waits, {TWO}",
+    "killed, no orphan; resumed bitwise from the newest checkpoint",
+    limit=600,
+)
+def too_long(folder: Path, tally: Tally) -> None:
+    """Send SIGTERM while rank 1 is in a step of ten minutes, to a launcher that waits for 3 s."""
+    from mmalign.checkpoint import latest_checkpoint
+
+    whole, output = folder / "whole", folder / "run"
+    two(TOYS.train("diffusion-dpo", whole))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"
+    run = Launched(TOYS.train("diffusion-dpo", output), "hang")
+    run.reached(output, 3)
+    time.sleep(1)
+    run.process.terminate()
+    said = run.wait(30)
+    path, left = latest_checkpoint(output / "checkpoints"), run.orphans()
+    ok = said.code not in (0, -signal.SIGKILL) and not left
+    ok = ok and path is not None and path.name == "checkpoint-2"
+    tally.point(ok, f"code {said.code}, {path}, orphans {left}")
+    tally.answers.append(f"launcher ends with {said.code}, {path.name if path else None}")
+    _resumed(whole, output, "diffusion-dpo", tally)
 
 
 def rank_fault(fault: str, words: tuple[str, ...], folder: Path, tally: Tally) -> None:
     """Inject a fault into rank 1 in its fourth step."""
     output = folder / "run"
-    from mmalign.config import TrainConfig
-
-    can_wait = fault == "hang" and hasattr(TrainConfig(), "ddp_timeout")
-    more = ("--ddp_timeout=15",) if can_wait else ()
+    more = ("--ddp_timeout=15",) if fault == "hang" else ()
     run = Launched(TOYS.train("diffusion-dpo", output, *more), fault)
+    run.reached(output, 3)
     started = time.monotonic()
     said = run.wait(END_SECONDS)
     seconds = time.monotonic() - started
-    ok = said.code not in (0, -signal.SIGKILL) and not run.orphans
+    left = run.orphans()
+    ok = said.code not in (0, -signal.SIGKILL) and not left
     ok = ok and all(word in said.text for word in words)
-    tally.point(ok, f"code {said.code} after {seconds:.0f} s: {said.error}")
+    tally.point(ok, f"code {said.code} after {seconds:.0f} s, orphans {left}: {said.error}")
     tally.answers.append(f"launcher ends with {said.code}")
 
 
@@ -149,8 +209,6 @@ def nan_on_one_rank(policy: str, folder: Path, tally: Tally) -> None:
         tally.point(said.code == 0, f"code {said.code}: {said.error}")
         marked = sum('"skipped": 1.0' in line for line in _log(output))
         tally.point(marked == 1, f"{marked} steps skipped")
-    from .numbers import finite
-
     problem = finite(output)
     tally.point(not problem, problem)
     tally.answers.append("both processes " + ("stop" if policy == "stop" else "skip the step"))
@@ -169,13 +227,13 @@ for _policy in ("stop", "skip"):
     )(partial(nan_on_one_rank, _policy))
 
 
-def one_or_two(method: str, folder: Path, tally: Tally) -> None:
+def one_or_two(method: str, by: str, folder: Path, tally: Tally) -> None:
     """Compare one process of 4 samples with two of 2."""
     common = ("--learning_rate=0.0001", "--max_steps=3", "--max_grad_norm=0")
     one, both = folder / "one", folder / "two"
     said = mmalign(*TOYS.train(method, one, *common, "--per_device_train_batch_size=4"))
     tally.point(said.code == 0, said.error)
-    said = two(TOYS.train(method, both, *common, "--per_device_train_batch_size=2"))
+    said = two(TOYS.train(method, both, *common, "--per_device_train_batch_size=2"), by=by)
     tally.point(said.code == 0, f"code {said.code}: {said.error}")
     for a, b in zip(*(map(json.loads, _log(output)) for output in (one, both)), strict=True):
         close = torch.isclose(torch.tensor(a["loss"]), torch.tensor(b["loss"]), 1e-3, 1e-5)
@@ -186,25 +244,26 @@ def one_or_two(method: str, folder: Path, tally: Tally) -> None:
     tally.answers = ["loss and weights equal within rounding"]
 
 
-for _method in ("diffusion-dpo", "mapo", "d3po", "draft", "vlm-dpo"):
-    case(15, f"{_method}: 1 process = {TWO}", "equal within rounding", limit=300)(
-        partial(one_or_two, _method)
+for _method, _by in (
+    *((name, "torchrun") for name in ("diffusion-dpo", "mapo", "d3po", "draft", "vlm-dpo")),
+    ("mapo", "accelerate"),
+    ("vlm-dpo", "fsdp2"),
+):
+    _name = {"torchrun": "", "accelerate": " by accelerate launch"}.get(_by, f" with {_by}")
+    case(15, f"{_method}{_name}: 1 process = {TWO}", "equal within rounding", limit=300)(
+        partial(one_or_two, _method, _by)
     )
 
 
 def killed(folder: Path, tally: Tally) -> None:
-    """SIGKILL the launcher's whole group; the resumed run ends bitwise as the undisturbed one."""
+    """SIGKILL launcher and processes; the resumed run ends bitwise as the undisturbed one."""
     whole, output = folder / "whole", folder / "run"
     two(TOYS.train("diffusion-dpo", whole))
     for line in (1, 5):
         run = Launched(TOYS.train("diffusion-dpo", output))
-        while _lines(output) < line and run.process.poll() is None:
-            time.sleep(0.005)
-        os.killpg(run.process.pid, signal.SIGKILL)
-        run.wait()
-        said = two(TOYS.train("diffusion-dpo", output))
-        problem = f"{said.code}: {said.error}" if said.code else difference(whole, output)
-        tally.point(not problem, problem)
+        run.reached(output, line)
+        run.kill()
+        _resumed(whole, output, "diffusion-dpo", tally)
         shutil.rmtree(output)
     tally.answers.append("bitwise the same log and weights")
 
@@ -212,3 +271,31 @@ def killed(folder: Path, tally: Tally) -> None:
 case(1, f"diffusion-dpo, {TWO}: 2 kills", "bitwise the undisturbed log and weights", limit=600)(
     killed
 )
+
+
+@case(
+    1,
+    f"mmalign's launcher alone, {TWO}",
+    "the processes save themselves and end within 30 s; resumed bitwise",
+    limit=600,
+)
+def launcher_killed(folder: Path, tally: Tally) -> None:
+    """SIGKILL the launcher, which then can end nothing any more."""
+    from mmalign.checkpoint import latest_checkpoint
+
+    whole, output = folder / "whole", folder / "run"
+    run = Launched(TOYS.train("diffusion-dpo", output, "--max_steps=1000"), by="ddp")
+    run.reached(output, 3)
+    run.process.kill()
+    left, path = run.orphans(30), latest_checkpoint(output / "checkpoints")
+    run.kill()
+    steps = _lines(output)
+    ok = not left and steps < 1000 and path is not None and path.name == f"checkpoint-{steps}"
+    tally.point(ok, f"orphans {left}, {steps} steps, {path}")
+    tally.answers.append("saved after the step it was in")
+    more = f"--max_steps={steps + 2}"
+    for place in (whole, output):
+        said = two(TOYS.train("diffusion-dpo", place, more), by="ddp")
+        tally.point(said.code == 0, f"code {said.code}: {said.error}")
+    problem = difference(whole, output)
+    tally.point(not problem, f"resumed: {problem}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from two_processes import in_two
 
@@ -34,6 +35,7 @@ from mmalign.config import (
     RocmConfig,
     SamplingConfig,
     TailorpoConfig,
+    TrialConfig,
     VlmDpoConfig,
     VlmLoraConfig,
     VlmPairsConfig,
@@ -41,6 +43,7 @@ from mmalign.config import (
 )
 from mmalign.data.files import write_jsonl
 from mmalign.data.images import save_png
+from mmalign.evaluation import win_rate
 from mmalign.pipelines import (
     consistency_dpo,
     curriculum_dpo,
@@ -55,7 +58,8 @@ from mmalign.pipelines import (
     tailorpo,
     vlm_dpo,
 )
-from mmalign.types import InputError
+from mmalign.pipelines._vlm_trial import TrialResult
+from mmalign.types import InputError, Question, VlmAdapter
 
 BRIGHTNESS = RewardConfig(name="brightness")
 LAUNCHED = {"ACCELERATE_USE_FSDP": "sharded", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
@@ -111,6 +115,41 @@ def vlm(world: World, **more: Any) -> dict[str, Any]:
         "pairs": VlmPairsConfig(path=str(world.folder / "answers.jsonl")),
         **more,
     }
+
+
+class SaysYes:
+    """A trial of numbers that any change of the model moves."""
+
+    def __init__(self, *, seed: int, generation: GenerationConfig) -> None:
+        colors = [(51 * n, 255 - 51 * n, 90) for n in range(5)]
+        pictures = [Image.new("RGB", (16, 16), color) for color in colors]
+        self.questions = [Question("A red circle?", (picture,)) for picture in pictures]
+        self.generation = generation
+
+    def listen(self, adapter: VlmAdapter) -> tuple[list[str], list[float]]:
+        said = adapter.generate(self.questions, self.generation)
+        return said, [yes / (yes + no) for yes, no in adapter.yes_no(self.questions, 2)]
+
+    def compare(self, before: Any, after: Any, shown: int) -> TrialResult:
+        scores = [
+            {f"yes_{i}": v for i, v in enumerate(side[1])}
+            | {f"length_{i}": float(len(text)) for i, text in enumerate(side[0])}
+            for side in (before, after)
+        ]
+        result = win_rate(after[1], before[1], ["a", "b", "c", "d", "e"], seed=0)
+        return TrialResult(
+            before=scores[0],
+            after=scores[1],
+            changes={},
+            win_rate=result,
+            judge="yes_0",
+            answers=[],
+        )
+
+
+def tried(world: World) -> dict[str, Any]:
+    short = GenerationConfig(max_new_tokens=5, batch_size=2)
+    return vlm(world, trial=TrialConfig(name=f"{__name__}:SaysYes"), generation=short)
 
 
 def held_out(world: World) -> dict[str, Any]:
@@ -181,7 +220,7 @@ JOBS = {
     ),
     "draft": Job(DraftConfig, draft.run, lambda w: sampled(w, backprop_steps=2, kl_weight=0.1)),
     "rocm": Job(RocmConfig, rocm.run, lambda w: sampled(w, model=str(w.lcm))),
-    "vlm-dpo": Job(VlmDpoConfig, vlm_dpo.run, vlm, 2),
+    "vlm-dpo": Job(VlmDpoConfig, vlm_dpo.run, tried, 2),
     "vlm-sharded": Job(VlmDpoConfig, vlm_dpo.run, held_out, 2),
     "vlm-sharded-full": Job(
         VlmDpoConfig,
@@ -353,6 +392,18 @@ def test_evaluation_and_early_stopping_are_shared(world: World, two: Path) -> No
     summaries = [json.loads((o / "summary.json").read_text()) for o in (one, two / "dro")]
     for side in ("before", "after"):
         assert summaries[0][side] == pytest.approx(summaries[1][side], rel=1e-6, abs=1e-6)
+
+
+def test_a_trial_of_two_is_that_of_one(world: World, two: Path) -> None:
+    one, both = (
+        json.loads((output / "summary.json").read_text())
+        for output in (world.folder / "one" / "vlm-dpo", two / "vlm-dpo")
+    )
+    assert one["before"] == pytest.approx(both["before"], rel=0, abs=1e-6)
+    assert one["after"] == pytest.approx(both["after"], rel=0, abs=1e-5)
+    changes = [abs(one["after"][f"yes_{i}"] - one["before"][f"yes_{i}"]) for i in range(5)]
+    assert min(changes) > 1e-4
+    assert len(set(one["before"].values())) > 5
 
 
 @pytest.mark.parametrize("name", ["diffusion-dpo", "diffusion-dpo-deepspeed"])
