@@ -46,6 +46,7 @@ def main() -> int:
         if (not rows or case.row in rows)
         and (case.quick or not arguments.quick)
         and arguments.only in case.name
+        and (not arguments.but or arguments.but not in case.name)
     ]
     outcomes = run_all(chosen, work, again=arguments.again)
     if arguments.output:
@@ -114,6 +115,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="", help="numbers of the list's rows, such as 1,2")
     parser.add_argument("--only", default="", help="part of a case's name")
+    parser.add_argument("--but", default="", help="part of the names of cases to leave out")
     parser.add_argument("--quick", action="store_true", help="only what also runs as a test")
     parser.add_argument("--again", action="store_true", help="run known cases anew")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"))

@@ -18,8 +18,9 @@ from mmalign.types import StepOutput
 class Measured(NamedTuple):
     """One step before its update.
 
-    `values` are the means of loss and metrics, `bad_ids` the samples of micro-batches whose loss is
-    not finite, and `idle` says why no micro-batch had anything to learn from; None when one had.
+    `values` are the means of loss and metrics, and `idle` says why no micro-batch had anything to
+    learn from; None when one had. `bad_ids` are the samples of micro-batches whose loss is not
+    finite, or all samples of the step when only the gradient is not.
     """
 
     values: dict[str, float]
@@ -78,6 +79,8 @@ def accumulate(
     finite = table[:, 0].isfinite().tolist()
     reduced = accelerator.reduce(table, reduction="mean").cpu().double().mean(0).tolist()
     *means, idle_share = reduced
+    if math.isfinite(means[0]) and not math.isfinite(norm):
+        finite = [False] * len(ids)
     bad_ids = [i for fine, names in zip(finite, ids, strict=True) if not fine for i in names]
     return Measured(
         dict(zip(keys, means, strict=True)),

@@ -267,7 +267,10 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
 def _clear_leftovers(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path)
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
 
 
 @contextmanager

@@ -42,6 +42,10 @@ class Command(NamedTuple):
     positional: str | None = None
 
 
+OUT_OF_MEMORY = (
+    "out of memory; lower the batch size or the resolution; a training run goes on from its last"
+    " checkpoint with --resume_from_checkpoint latest"
+)
 COMMANDS: dict[Words, Command] = {
     ("quickstart", "image"): Command(
         "QuickstartImageConfig",
@@ -230,8 +234,11 @@ def _guarded(arguments: list[str]) -> int:
     except InputError as error:
         report(f"error: {_one_line(str(error))}\n")
         return 2
-    except RuntimeError as error:
-        lost = lost_contact(error)
+    except (RuntimeError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            report(f"error: {OUT_OF_MEMORY} ({_one_line(str(error)[:80])})\n")
+            return 1
+        lost = lost_contact(error) if isinstance(error, RuntimeError) else None
         if lost is None:
             raise
         time.sleep(GRACE_SECONDS)
@@ -240,6 +247,14 @@ def _guarded(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         report("interrupted\n")
         return 130
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from mmalign.scoring import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _dispatch(arguments: list[str]) -> int:

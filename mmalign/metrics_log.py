@@ -31,6 +31,7 @@ class MetricsLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = _lines_until(path, keep_until)
             temporary = path.with_name(f".tmp-{path.name}")
+            temporary.unlink(missing_ok=True)  # a link in its place would be written through
             temporary.write_bytes(kept)
             os.replace(temporary, path)
             self._file: IO[bytes] = path.open("ab", buffering=0)

@@ -239,7 +239,8 @@ def _check_output(name: str, value: str, *, is_file: bool) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        problem = f"{folder} is not writable ({error.strerror}), so {value} cannot be created"
+        so = "" if folder == path else f", so {value} cannot be created"
+        problem = f"{folder} is not writable ({error.strerror}){so}"
         raise InputError(f"{name}: {problem}") from error
 
 

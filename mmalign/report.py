@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 import platform
 import re
 import sys
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mmalign.data.files import write_bytes
 from mmalign.plots import Panel, changes, panels
-from mmalign.types import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -334,12 +333,5 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> Path:
-    """Replace the file in one step, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_bytes(path, text.encode())
     return path

@@ -104,7 +104,7 @@ def score_samples(
         where = _span(labels) if error.index is None else labels[error.index]
         raise InputError(f"reward {reward.name} {error.problem} for {where}") from error
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         where = _first_failing(ask, samples, prompts, labels)
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
@@ -159,7 +159,7 @@ class BatchedReward:
         try:
             return score_samples(self.reward, samples, prompts, labels)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return None
 
@@ -220,7 +220,7 @@ def _labels(samples: Tensor | Sequence[Response], names: Sequence[str] | None) -
     return list(names) if names is not None else [f"sample {i}" for i in range(len(samples))]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Tell the errors of all allocators, some of which have no class of their own."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True

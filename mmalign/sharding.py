@@ -70,6 +70,12 @@ def full(value: Tensor) -> Tensor:
     return whole
 
 
+def own_part(value: Tensor) -> Tensor:
+    """Take this process's part of a divided tensor, without gradient; others are whole."""
+    part: Tensor = value.detach()
+    return part.to_local() if isinstance(part, DTensor) else part
+
+
 def divided_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Divide a whole tensor as a parameter is, if it is; scalars stay as they are."""
     if not isinstance(parameter, DTensor) or value.ndim == 0:

@@ -218,7 +218,7 @@ class Trainer:
         elif measured.finite or self._overflowed(measured):
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            self._optimizer.step()
+            self._update(step)
             self._monitor.update(step, metrics)
             if self.ema is not None and not self._optimizer.step_was_skipped:
                 self.ema.step(self._parameters)
@@ -227,6 +227,15 @@ class Trainer:
             metrics["skipped"] = 1.0
         self._optimizer.zero_grad()
         return metrics
+
+    def _update(self, step: int) -> None:
+        try:
+            self._optimizer.step()
+        except RuntimeError as error:  # a learning rate that only fits into a Python float
+            if "overflow" not in str(error):
+                raise
+            hint = f"lower learning_rate; {self._state.kept}"
+            raise InputError(f"step {step}: the update overflows; {hint}") from error
 
     def _overflowed(self, measured: Measured) -> bool:
         """Tell an fp16 gradient that overflowed, which the scaler handles, from a broken one."""
@@ -260,8 +269,8 @@ class Trainer:
         raise InputError(f"{what}: {monitor.idle_reason}; {self._keep(step)}")
 
     def _keep(self, step: int) -> str:
-        """Save the weights after `step` unless they are saved, and say where they are."""
-        if step > self._state.last_step:
+        """Save the weights after `step` unless they are saved or lost, and say where they are."""
+        if step > self._state.last_step and self._state.finite:
             self._save(step)
         return self._state.kept
 
@@ -286,6 +295,9 @@ class Trainer:
             raise SystemExit(self.stop.exit_code)
 
     def _save(self, step: int) -> None:
+        if not self._state.finite:
+            hint = f"lower learning_rate; {self._state.kept}"
+            raise InputError(f"step {step}: weights are no longer finite; {hint}")
         if self._log is not None:
             self._log.sync()
         self._state.save(step)

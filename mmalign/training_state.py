@@ -26,7 +26,7 @@ from mmalign.checkpoint import (
 )
 from mmalign.config import TrainConfig, as_path
 from mmalign.processes import from_main, gather, together, world_size
-from mmalign.sharding import divided_like, full
+from mmalign.sharding import divided_like, full, own_part
 from mmalign.types import InputError
 
 BATCH = "samples per step (batch size x accumulation x processes)"
@@ -96,6 +96,12 @@ class TrainingState:
             )
         )
         self.last_step, self.last_path = step, self._folder / f"checkpoint-{step}"
+
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are finite, on all processes; they all have to ask."""
+        finite = (bool(own_part(p).isfinite().all()) for p in self._parameters.values())
+        return all(gather(all(finite)))
 
     @property
     def kept(self) -> str:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm.auto import tqdm
 
 from mmalign.config import dump_config
-from mmalign.data.files import write_bytes, write_jsonl
+from mmalign.data.files import check_inside, write_bytes, write_jsonl
 from mmalign.data.images import SUFFIXES, hash_image, open_image
+from mmalign.data.schema import RowError
 from mmalign.hallucination.kept import KeptReplies
 from mmalign.hallucination.outcome import Case, Outcome, worst_first
 from mmalign.hallucination.records import clean, image_id
@@ -143,9 +144,18 @@ class Images:
         return list(dict.fromkeys(image_id(path.stem) for path in self._paths.values()))
 
     def find(self, name: str) -> ImageRef | None:
-        """Look up an image; None when it is not there."""
+        """Look up an image; None when it is not there.
+
+        Raises:
+            InputError: if it is a link out of the folder.
+        """
         path = self._paths.get(name) or self._paths.get(image_id(name))
-        return None if path is None else ImageRef(path, str(path))
+        if path is None or self.folder is None:
+            return None
+        try:
+            return ImageRef(check_inside(Path(self.folder), path), str(path))
+        except RowError as error:
+            raise InputError(f"images: {error}") from error
 
     def need(self, name: str, where: str) -> ImageRef:
         """Look up an image.

@@ -21,13 +21,12 @@ from mmalign.data.webdataset import Member, WebdatasetPairs
 from mmalign.data.writers import write_shard
 from mmalign.pipelines._shards import Record, Share, batches, go_through
 from mmalign.rewards.combine import combine_scores
-from mmalign.scoring import score_samples
+from mmalign.scoring import BatchedReward
 from mmalign.types import InputError, PreferencePair
 
 if TYPE_CHECKING:
     from mmalign.config import PairsBuildConfig
     from mmalign.pipelines._scores import Scorer
-    from mmalign.types import Reward
 
 MAX_PIXELS = PairsConfig().max_pixels
 
@@ -61,7 +60,10 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
             )
     shards = list_shards(str(config.images))
     output = as_path(config.output)
-    rewards = cache(scorer.load)
+
+    @cache
+    def rewards() -> dict[str, BatchedReward]:
+        return {name: BatchedReward(reward) for name, reward in scorer.load().items()}
 
     def work(shard: Path, advance: Callable[[int], object]) -> Record:
         bad: list[BadRow] = []
@@ -94,7 +96,7 @@ def _score(
     config: PairsBuildConfig,
     shard: Path,
     scorer: Scorer,
-    rewards: Mapping[str, Reward],
+    rewards: Mapping[str, BatchedReward],
     bad: list[BadRow],
     advance: Callable[[int], object],
 ) -> list[Scored]:
@@ -107,8 +109,7 @@ def _score(
             prompts, names = [row.prompt for row in rows], [row.image.where for row in rows]
             samples = images.to(scorer.device)
             columns = [
-                score_samples(reward, samples, prompts, names).double().tolist()
-                for reward in rewards.values()
+                reward(samples, prompts, names).double().tolist() for reward in rewards.values()
             ]
             for row, *scores in zip(rows, *columns, strict=True):
                 assert isinstance(row.image.data, bytes)

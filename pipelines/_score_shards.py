@@ -19,11 +19,10 @@ from mmalign.pipelines._evaluation import resolve_device
 from mmalign.pipelines._shards import Record, Share, batches, go_through
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import unique_names
-from mmalign.scoring import score_samples
+from mmalign.scoring import BatchedReward
 
 if TYPE_CHECKING:
     from mmalign.config import RewardConfig, ScoreConfig
-    from mmalign.types import Reward
 
 LISTED = 5
 ROW_GROUP = 8192
@@ -41,10 +40,10 @@ def score_shards(config: ScoreConfig, rewards: Sequence[RewardConfig]) -> None:
     device = resolve_device("auto")
 
     @cache
-    def loaded() -> dict[str, Reward]:
+    def loaded() -> dict[str, BatchedReward]:
         found = load_rewards(rewards, device)
         names = unique_names(found)
-        return dict(zip(names, (reward for reward, _ in found), strict=True))
+        return {n: BatchedReward(reward) for n, (reward, _) in zip(names, found, strict=True)}
 
     def work(shard: Path, advance: Callable[[int], object]) -> Record:
         return _score(config, shard, output / f"{shard.stem}.parquet", loaded(), advance)
@@ -78,7 +77,7 @@ def _score(
     config: ScoreConfig,
     shard: Path,
     file: Path,
-    rewards: Mapping[str, Reward],
+    rewards: Mapping[str, BatchedReward],
     advance: Callable[[int], object],
 ) -> Record:
     """Score a shard into a file; its record has sum, least and largest score by reward."""
@@ -102,7 +101,7 @@ def _score(
                 "prompt": prompts,
             }
             for name, reward in rewards.items():
-                scores = score_samples(reward, images.to(device), prompts, names).double().tolist()
+                scores = reward(images.to(device), prompts, names).double().tolist()
                 total, low, high = stats[name]
                 stats[name] = [total + sum(scores), min(low, *scores), max(high, *scores)]
                 columns[name] = scores

@@ -23,7 +23,7 @@ from mmalign.pipelines._evaluation import Judges
 from mmalign.pipelines._pictures import MAX_PIXELS
 from mmalign.pipelines._subject_images import Row
 from mmalign.rewards.combine import unique_names
-from mmalign.scoring import score_samples, to_scores
+from mmalign.scoring import BatchedReward, to_scores
 from mmalign.types import ImageRef
 
 if TYPE_CHECKING:
@@ -153,11 +153,8 @@ def _read(file: Path) -> Tensor:
 
 
 def _score(one: Named, images: Tensor, prompts: list[str], names: list[str]) -> list[float]:
-    found: list[float] = []
-    for start in range(0, len(prompts), one.batch_size):
-        part = slice(start, start + one.batch_size)
-        found += score_samples(one.reward, images[part], prompts[part], names[part]).tolist()
-    return found
+    scores: list[float] = BatchedReward(one.reward, one.batch_size)(images, prompts, names).tolist()
+    return scores
 
 
 def _judge(

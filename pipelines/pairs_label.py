@@ -41,7 +41,7 @@ def run(config: PairsLabelConfig) -> None:
             or there is nothing to export.
     """
     root = as_path(config.images)
-    file = as_path(config.database) if config.database else root / DATABASE
+    file = as_path(config.database) if config.database else _own_database(root)
     if config.export is not None:
         if not file.exists():
             raise InputError(f"nobody has judged anything yet: there is no {file}")
@@ -121,6 +121,15 @@ def agreement_line(labels: Labels) -> str:
         return "no pair was judged by two people"
     kappa = "" if found.kappa is None else f", Fleiss' kappa {found.kappa:.2f}"
     return f"people agree on {found.share:.0%} of {found.pairs} pairs judged by several{kappa}"
+
+
+def _own_database(root: Path) -> Path:
+    """Refuse links that come with a folder of images: what is judged would be written elsewhere."""
+    file = root / DATABASE
+    for path in (file, *(file.with_name(f"{DATABASE}-{end}") for end in ("wal", "shm", "journal"))):
+        if path.is_symlink():
+            raise InputError(f"{path} is a link: remove it, or name a file with --database")
+    return file
 
 
 def _image(labels: Labels, root: Path, key: str) -> ImageRef | None:

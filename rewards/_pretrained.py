@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmalign.config import as_path
+from mmalign.data.weight_index import refuse_foreign_shards
 from mmalign.rewards._clip_preprocess import ClipPreprocess
 from mmalign.rewards._weights import HUB_ID, to_dtype
 from mmalign.types import InputError
@@ -131,6 +132,7 @@ def load_pretrained(kind: Any, model: str, dtype: str, device: str, **options: A
     location, wanted = _location(model), to_dtype(dtype)
     _check_weights(model, options.get("subfolder", ""))
     try:
+        refuse_foreign_shards(location, subfolder=options.get("subfolder", ""))
         with _quietly():
             network, info = kind.from_pretrained(
                 location, dtype=wanted, use_safetensors=True, output_loading_info=True, **options

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmalign.config import Combination, RewardConfig
 from mmalign.processes import gather, rank, world_size
-from mmalign.scoring import BatchedReward, score_samples
+from mmalign.scoring import BatchedReward, is_out_of_memory, score_samples
 from mmalign.types import InputError, Modality, Reward
 
 Normalization = Literal["none", "zscore", "prompt_zscore", "prompt_rank"]
@@ -175,7 +175,17 @@ class CombinedReward:
     ) -> Tensor:
         """Score at once where gradients are wanted, which need all memory at the end anyway."""
         if samples.requires_grad and torch.is_grad_enabled():
-            return score_samples(self.rewards[name], samples, prompts, names)
+            try:
+                return score_samples(self.rewards[name], samples, prompts, names)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                first = names[0] if names else "sample 0"
+                more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+                raise InputError(
+                    f"reward {name} runs out of memory on {first}{more}, gradients included: "
+                    "lower decode_batch_size, or use smaller images or a lower precision"
+                ) from error
         return self._batched[name](samples, prompts, names)
 
     def _check_gradients(self, raw: Mapping[str, Tensor]) -> None:

@@ -77,6 +77,18 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
 
 
+def test_leftovers_that_are_links_or_files_are_removed(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "checkpoints"
+    (outside / "precious").mkdir(parents=True)
+    folder.mkdir()
+    (folder / ".tmp-1").symlink_to(outside)
+    (folder / ".old-1").symlink_to(tmp_path / "nowhere")
+    (folder / ".tmp-2").touch()
+    save(folder, 1)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
+    assert (outside / "precious").is_dir()
+
+
 def test_no_folder_or_empty_folder_has_no_latest(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "missing") is None
     assert latest_checkpoint(tmp_path) is None

@@ -23,6 +23,17 @@ def test_metrics_log_drops_a_line_cut_short(tmp_path: Path) -> None:
     ]
 
 
+def test_metrics_log_does_not_write_through_links(tmp_path: Path) -> None:
+    """A run's folder may have come from a stranger."""
+    (tmp_path / "precious").write_text("mine")
+    for name in ("metrics.jsonl", ".tmp-metrics.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    with MetricsLog(tmp_path / "metrics.jsonl", keep_until=3) as log:
+        log.write(1, {"loss": 0.5})
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+
+
 def test_metrics_log_in_a_place_that_cannot_hold_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"metrics\.jsonl: cannot write metrics"):

@@ -313,3 +313,13 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="No space left on device"):
         write_summary(tmp_path, summary(seed=2))
     assert json.loads((tmp_path / "summary.json").read_text())["seed"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]  # and nothing half done
+
+
+def test_links_are_replaced_and_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    for name in ("summary.json", ".summary.json.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    write_summary(tmp_path, summary())
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "summary.json").is_symlink()

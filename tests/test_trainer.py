@@ -487,8 +487,34 @@ def test_infinite_gradient_with_a_finite_loss_counts_as_bad(tmp_path: Path) -> N
         return StepOutput(loss, output.metrics)
 
     toy.trainer._step = step
-    with pytest.raises(InputError, match=r"step 1: loss \d.*gradient norm (nan|inf)"):
+    with pytest.raises(InputError, match=r"step 1: loss \d.*gradient norm (nan|inf), in pairs \S"):
         toy.trainer.train()
+
+
+def test_an_update_that_overflows_is_one_line(tmp_path: Path) -> None:
+    toy = Toy(make_config(tmp_path, learning_rate=1e38, warmup_steps=0))
+    with pytest.raises(InputError, match=r"step 1: the update overflows; .*those it began with"):
+        toy.trainer.train()
+
+
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, save_steps: int) -> None:
+    """They may become so in an update whose gradient was finite."""
+    config = make_config(tmp_path, max_steps=5, save_steps=save_steps)
+    toy = Toy(config)
+    original = toy.trainer._optimizer.step
+
+    def step() -> None:
+        original()
+        if len(toy.seen) == 3 * config.gradient_accumulation_steps:
+            toy.module[0].weight.data[0] = torch.inf
+
+    toy.trainer._optimizer.step = step  # type: ignore[method-assign]
+    words = "step 3: weights are no longer" if save_steps == 1 else "step 4: loss (nan|inf)"
+    with pytest.raises(InputError, match=words) as caught:
+        toy.trainer.train()
+    place = "checkpoint-2" if save_steps == 1 else "those it began with"
+    assert str(caught.value).endswith(place)
 
 
 def test_skipping_for_ever_stops(tmp_path: Path) -> None:

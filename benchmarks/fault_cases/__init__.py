@@ -7,7 +7,7 @@ import importlib
 from .harness import CASES, Case
 
 MODULES = (
-    *("kills", "stops", "storage", "checkpoints", "numbers", "inputs", "hostile"),
+    *("kills", "stops", "storage", "checkpoints", "numbers", "inputs", "rows", "names", "hostile"),
     *("injection", "faulty", "same", "network", "ranks"),
 )
 

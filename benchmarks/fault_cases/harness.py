@@ -318,11 +318,11 @@ def from_tests(row: int, name: str, expects: str, *nodes: str, limit: float = 24
     case(row, name, expects, limit=limit)(action)
 
 
-def die_at(number: int, within: Sequence[str]) -> list[int]:
+def die_at(number: int, within: Sequence[str] = ()) -> list[int]:
     """Kill this process at a point of its file work; returns the running count of such points.
 
-    Points are the lines executed in the named files of the package and, wherever they come from,
-    the moments before a file is opened for writing, renamed or removed.
+    Points are the boundaries: the moments before any file is opened for writing, renamed or
+    removed; and the lines executed in the named files of the package.
     """
     count = [0]
 
@@ -343,7 +343,8 @@ def die_at(number: int, within: Sequence[str]) -> list[int]:
             passed()
 
     sys.addaudithook(audit)  # cannot be taken back, which is no matter in a fork
-    sys.settrace(trace)
+    if within:
+        sys.settrace(trace)
     return count
 
 

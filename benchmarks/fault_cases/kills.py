@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -124,47 +125,54 @@ def checkpoint_boundaries(folder: Path, tally: Tally) -> None:
 
 @case(2, "last step and files of a run", "the resumed run ends bitwise the same", limit=900)
 def run_boundaries(folder: Path, tally: Tally) -> None:
-    """Kill a run at points of its last checkpoint, adapter, report and summary."""
+    """Kill a run before each file that it writes in and after its last step, and in between."""
     base, whole = folder / "base", folder / "whole"
     log = folder / "log.txt"
     short, full = "--max_steps=2", "--max_steps=3"
     for output, options in ((base, [short]), (whole, [short]), (whole, [full])):
         assert mmalign(*TOYS.train("mapo", output, *options), log=log).code == 0
-    points = folder / "points"
-    points.mkdir()
-    total = _count_points(TOYS.train("mapo", folder / "counted", full), base, folder / "counted")
-    for number in range(1, total + 1, max(1, total // 40)):
-        place = points / str(number)
-        shutil.copytree(base, place)
+    argv = TOYS.train("mapo", folder / "run", full)
+    tried = []
+    for within, most in (((), sys.maxsize), (WRITERS, 20)):
+        total = _count_points(argv, within, base, folder / "run")
+        step = max(1, total // most)
+        tried.append(len(range(1, total + 1, step)))
+        for number in range(1, total + 1, step):
+            place = folder / "run"
+            shutil.copytree(base, place)
 
-        def dying(place: Path = place, number: int = number) -> None:
-            from mmalign.cli import main
+            def dying(number: int = number, within: tuple[str, ...] = within) -> None:
+                from mmalign.cli import main
 
-            die_at(number, WRITERS)
-            main(TOYS.train("mapo", place, full))
+                die_at(number, within)
+                main(argv)
 
-        code = fork(dying)
-        said = mmalign(*TOYS.train("mapo", place, full), log=log)
-        problem = said.error if said.code else difference(whole, place)
-        if code != -signal.SIGKILL:
-            problem = f"was not killed at point {number}: {code}"
-        left = [p.name for p in place.rglob("*") if p.name.startswith((".tmp-", ".lora-"))]
-        tally.point(not problem and not left, problem or f"leaves {left[:3]}")
-    tally.answers.append(f"bitwise the same; every {max(1, total // 40)}th of {total} points")
+            code = fork(dying)
+            said = mmalign(*argv, log=log)
+            problem = said.error if said.code else difference(whole, place)
+            if code != -signal.SIGKILL:
+                problem = f"was not killed at point {number}: {code}"
+            left = [p.name for p in place.rglob("*") if p.name.startswith((".tmp-", ".lora-"))]
+            tally.point(not problem and not left, problem or f"leaves {left[:3]}")
+            shutil.rmtree(place)
+    tally.answers.append(
+        f"bitwise the same; all {tried[0]} boundaries of files, and {tried[1]} lines between them"
+    )
 
 
-def _count_points(argv: list[str], base: Path, output: Path) -> int:
+def _count_points(argv: list[str], within: tuple[str, ...], base: Path, output: Path) -> int:
     shutil.copytree(base, output)
     file = output.with_suffix(".count")
 
     def counted() -> None:
         from mmalign.cli import main
 
-        count = die_at(-1, WRITERS)
+        count = die_at(-1, within)
         main(argv)
         file.write_text(str(count[0]))
 
     assert fork(counted) == 0
+    shutil.rmtree(output)
     return int(file.read_text())
 
 

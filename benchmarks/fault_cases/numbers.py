@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,34 +45,46 @@ def spoilt(folder: Path, component: str) -> Path:
     return model
 
 
-@case(6, "loss from a learning rate of 1e38", STOPS)
+@case(6, "learning rates of 1e5 to 1e38", STOPS, limit=300)
 def huge_step(folder: Path, tally: Tally) -> None:
-    """Step out of the numbers there are."""
-    output = folder / "run"
+    """Step out of the numbers there are: in the loss, in the weights, in the update itself."""
     for method in ("diffusion-dpo", "d3po", "vlm-dpo"):
-        argv = TOYS.train(method, output / method, "--learning_rate=1e38")
-        stops(mmalign(*argv), output / method, tally, "step ", "last good weights")
+        for rate in ("1e5", "1e20", "3e37", "1e38"):
+            output = folder / method / rate
+            argv = TOYS.train(method, output, f"--learning_rate={rate}", "--save_steps=1")
+            said = mmalign(*argv)
+            problem = finite(output)
+            tally.point(not problem, f"{method} at {rate}: {problem}")
+            if said.code or rate != "1e5":  # which some models survive
+                tally.refused(said, "step ", "last good weights")
 
 
 def inject(what: str, steps: tuple[int, ...]) -> None:
-    """Make the loss or the gradient of some steps NaN or infinite, in this process."""
+    """Make the loss, or one gradient, of some steps NaN or infinite, in this process."""
     from mmalign import accumulation, trainer
+    from mmalign.types import StepOutput
 
     original, calls = accumulation.accumulate, [0]
 
-    def broken(step: object, batches: object, **options: object) -> accumulation.Measured:
+    def broken(
+        step: Callable[[Any], StepOutput], batches: Iterator[Any], **options: Any
+    ) -> accumulation.Measured:
         calls[0] += 1
-        measured = original(step, batches, **options)  # type: ignore[arg-type]
         if calls[0] not in steps:
-            return measured
+            return original(step, batches, **options)
         if what == "loss":
-            values = {**measured.values, "loss": float("nan")}
-            return measured._replace(values=values, bad_ids=["red"])
-        module: torch.nn.Module = options["module"]  # type: ignore[assignment]
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.fill_(torch.inf)
-        return measured._replace(grad_norm=float("inf"))
+
+            def spoilt(batch: Any) -> StepOutput:
+                output = step(batch)
+                return output._replace(loss=output.loss * torch.nan)
+
+            return original(spoilt, batches, **options)
+        last = [p for p in options["module"].parameters() if p.requires_grad][-1]
+        hook = last.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+        try:
+            return original(step, batches, **options)
+        finally:
+            hook.remove()
 
     trainer.accumulate = broken
 
@@ -80,7 +94,7 @@ def nan_loss(folder: Path, tally: Tally) -> None:
     """Stop, name the pair, keep the step before."""
     output = folder / "run"
     said = mmalign(*TOYS.train("mapo", output), before=partial(inject, "loss", (4,)))
-    stops(said, output, tally, "step 4: loss nan", "in pairs red", "checkpoint-3")
+    stops(said, output, tally, "step 4: loss nan", "in pairs ", "checkpoint-3")
 
 
 @case(6, "infinite gradient in one step, on_nan: stop", STOPS)
@@ -88,7 +102,7 @@ def inf_gradient(folder: Path, tally: Tally) -> None:
     """The same with a finite loss."""
     output = folder / "run"
     said = mmalign(*TOYS.train("mapo", output), before=partial(inject, "gradient", (4,)))
-    stops(said, output, tally, "step 4: loss", "gradient norm inf", "checkpoint-3")
+    stops(said, output, tally, "step 4: loss", "gradient norm ", "in pairs ", "checkpoint-3")
 
 
 @case(6, "NaN in two steps, on_nan: skip", "skipped and counted; resumed run goes on; finite")

@@ -22,6 +22,11 @@ def _bright(images: Tensor) -> Tensor:
     return images.mean((1, 2, 3))
 
 
+def bright(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Say how bright images are, and never fail."""
+    return _bright(images)
+
+
 def slow(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Sleep for two minutes in the fourth call, while there is a file `sleep`."""
     CALLS[0] += 1

@@ -146,7 +146,7 @@ def read_only(folder: Path, tally: Tally) -> None:
             tally.refused(mmalign(*argv), "Read-only file system", str(disk))
 
 
-@case(4, "read-only folder in the middle of a run", EXPECTS)
+@case(4, "folder that becomes read-only before a run goes on", EXPECTS)
 def read_only_later(folder: Path, tally: Tally) -> None:
     """Make the disk read-only after some steps; the command that follows says so."""
     disk, whole = folder / "disk", folder / "whole"

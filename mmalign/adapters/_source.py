@@ -18,6 +18,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from mmalign.adapters._folder import first_line, local_folder
 from mmalign.config import ModelConfig
+from mmalign.data.weight_index import refuse_foreign_shards
 from mmalign.types import InputError
 
 FamilyName = Literal["sd", "sdxl", "lcm"]
@@ -96,6 +97,15 @@ def find_model(config: ModelConfig, *, trains_everything: bool = False) -> Model
         _refuse_pickles(config.model, folder, index)
         unet = _read_json(config.model, folder, "unet/config.json")
     family = _check_family(config, family, unet)
+    for component in _WITH_WEIGHTS:
+        if component.startswith("text_encoder") and _is_component(index.get(component)):
+            refuse_foreign_shards(
+                location,
+                subfolder=component,
+                variant=config.variant,
+                revision=config.revision,
+                offline=config.offline,
+            )
     dtype: torch.dtype = getattr(torch, config.dtype)
     return ModelSource(
         name=config.model,

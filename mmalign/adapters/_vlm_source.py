@@ -17,6 +17,7 @@ from torch import nn
 
 from mmalign.adapters._folder import first_line, local_folder
 from mmalign.config import VlmModelConfig
+from mmalign.data.weight_index import refuse_foreign_shards
 from mmalign.types import InputError
 
 SAMPLES = 1024
@@ -68,6 +69,8 @@ def find_vlm(config: VlmModelConfig) -> VlmSource:
     else:
         content = _read_config(config.model, folder)
         _check_weights(config.model, folder)
+    location = config.model if folder is None else str(folder)
+    refuse_foreign_shards(location, revision=config.revision, offline=config.offline)
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
@@ -80,7 +83,7 @@ def find_vlm(config: VlmModelConfig) -> VlmSource:
         raise InputError(f"{config.model}: family is {family}, not {config.family}; use auto")
     return VlmSource(
         name=config.model,
-        location=config.model if folder is None else str(folder),
+        location=location,
         family=family,
         model_type=model_type,
         dtype=getattr(torch, config.dtype),

@@ -590,6 +590,17 @@ def test_images_that_are_missing(
     assert message in capsys.readouterr().err
 
 
+def test_images_that_are_links_out_of_the_folder(
+    files: Path, model: FakeVlm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = files / "pictures" / "COCO_val2014_000000000001.jpg"
+    picture.rename(files / "elsewhere.jpg")
+    picture.symlink_to(files / "elsewhere.jpg")
+    run("chair", f"{MODEL} --labels labels.json", code=2)
+    assert "is a link out of pictures" in capsys.readouterr().err
+    assert not model.asked
+
+
 def test_answers_that_say_nothing_are_pointed_out(
     files: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -78,6 +78,16 @@ def test_unusable_options(folder: Path, fails: Callable[..., str]) -> None:
     assert "no pair has a majority" in fails(folder, "--export", folder / "out")
 
 
+@pytest.mark.parametrize("name", ["labels.sqlite", "labels.sqlite-wal"])
+def test_a_database_that_is_a_link(
+    folder: Path, tmp_path: Path, fails: Callable[..., str], name: str
+) -> None:
+    """It would be written wherever a stranger's folder says."""
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name} is a link" in fails(folder, "--port", "0")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def groups(folder: Path, **options: Any) -> list[LabelGroup]:
     found = list_groups(PairsLabelConfig(images=str(folder), **options))
     assert found is not None

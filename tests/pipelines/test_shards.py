@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from mmalign.config import PairsBuildConfig, PairsConfig, RewardConfig, ScoreConfig
@@ -80,6 +81,35 @@ def test_scores_of_all_shards(
     assert (mean, low, high) == pytest.approx(
         (sum(values) / 18, min(values), max(values)), abs=1e-4
     )
+
+
+HUNGRY: list[int] = []
+
+
+def hungry(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Have memory for two images."""
+    HUNGRY.append(len(images))
+    if len(images) > 2:
+        raise MemoryError
+    return images.mean((1, 2, 3))
+
+
+def test_memory_that_ends_halves_the_batch(shards: Path, tmp_path: Path) -> None:
+    name = f"{__name__}:hungry"
+    scores = {}
+    for reward in ("brightness", name):
+        output = tmp_path / f"scores-{len(reward)}"
+        score.run(ScoreConfig(reward=[reward], images=str(shards), output=str(output)))
+        scores[reward] = [row[reward] for row in scored(output)]
+    assert scores[name] == pytest.approx(scores["brightness"], rel=1e-5)
+    HUNGRY.clear()
+    pairs_build.run(
+        PairsBuildConfig(
+            images=str(shards), output=str(tmp_path / "pairs"), rewards=[RewardConfig(name=name)]
+        )
+    )
+    assert HUNGRY[0] > 2
+    assert max(HUNGRY[2:]) <= 2
 
 
 def test_processes_share_the_shards_and_a_restart_does_what_is_missing(

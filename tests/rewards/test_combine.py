@@ -229,3 +229,14 @@ def test_memory_that_ends_halves_the_batch_of_the_reward_it_ends_in() -> None:
     torch.testing.assert_close(combined(images, PROMPTS), images.mean((1, 2, 3)))
     combined(images, PROMPTS)
     assert sizes == [4, 2, 2, 2, 2]
+
+
+def test_memory_that_ends_in_a_gradient_is_one_line() -> None:
+    def hungry(images: Tensor, prompts: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scorer = reward(hungry)
+    combined = CombinedReward([(scorer, RewardConfig())])
+    images = torch.rand(2, 3, 2, 2, requires_grad=True)
+    with pytest.raises(InputError, match=r"runs out of memory on a and 1 more.*decode_batch_size"):
+        combined(images, PROMPTS[:2], ["a", "b"])
