@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from mmalign.config import GenerationConfig
-from mmalign.evaluation import mean_ci, win_rate
+from mmalign.intervals import mean_ci, win_rate
 from mmalign.pipelines._vlm_trial import TrialResult
 from mmalign.report import AnswerComparison
 from mmalign.shapes.companions import probe_set, scene_set

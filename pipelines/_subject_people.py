@@ -13,7 +13,7 @@ import torch
 from mmalign.data.images import hash_image
 from mmalign.data.labels import DATABASE, LabelGroup, LabelImage, Labels, make_pair
 from mmalign.data.votes import Agreement, Tally, agreement
-from mmalign.evaluation import mean_ci
+from mmalign.intervals import mean_ci
 from mmalign.pipelines._label_server import check_page, serve
 from mmalign.pipelines._pictures import MAX_PIXELS
 from mmalign.pipelines._subject_images import Row

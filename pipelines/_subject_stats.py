@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from mmalign.data.votes import Agreement
-from mmalign.evaluation import Mean, WinRate, mean_ci, win_rate
+from mmalign.intervals import Mean, WinRate, mean_ci, win_rate
 from mmalign.pipelines._subject_images import Row
 from mmalign.pipelines._subject_scores import Scores
 from mmalign.significance import holm, sign_flip_p

@@ -14,7 +14,7 @@ from mmalign.adapters._answers import question_batches
 from mmalign.adapters._vlm import VlmFamily
 from mmalign.config import GenerationConfig, VlmDpoConfig
 from mmalign.data.vlm_readers import read_vlm_pairs
-from mmalign.evaluation import mean_ci
+from mmalign.intervals import mean_ci
 from mmalign.pipelines._vlm_pairs import EncodedPairs
 from mmalign.pipelines._vlm_trial import AnswerTrial
 from mmalign.processes import gather, gather_shared, is_main, share

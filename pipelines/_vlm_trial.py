@@ -14,7 +14,7 @@ from mmalign.types import InputError
 
 if TYPE_CHECKING:
     from mmalign.config import VlmDpoConfig
-    from mmalign.evaluation import WinRate
+    from mmalign.intervals import WinRate
     from mmalign.report import AnswerComparison
     from mmalign.types import VlmAdapter
 
