@@ -237,6 +237,14 @@ def test_missing_rejected_is_said(layout: str, folder: Path) -> None:
         read(write_jsonl(folder / "p.jsonl", [row]))
 
 
+def test_parquet_text_that_is_not_utf8(folder: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([flat(0, chosen="unreadable")]), folder / "p.parquet")
+    data = (folder / "p.parquet").read_bytes()
+    (folder / "p.parquet").write_bytes(data.replace(b"unreadable", b"un\xffeadable"))
+    with pytest.raises(InputError, match=r"p\.parquet: not a readable .* of column 'chosen'"):
+        read(folder / "p.parquet")
+
+
 def test_ties_are_dropped_and_counted(folder: Path) -> None:
     rows = [flat(0, score_chosen=1, score_rejected=1), flat(1, score_chosen=2, score_rejected=1)]
     table = read_vlm_pairs(VlmPairsConfig(path=str(write_jsonl(folder / "p.jsonl", rows))))
