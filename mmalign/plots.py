@@ -95,7 +95,7 @@ def chart(
 
     Args:
         series: lines over steps; with `x_title` paths of any shape, whose last point gets a dot.
-        title: read out in place of the picture.
+        title: read out in place of the picture, with the ends of every line.
         behind: lines to compare with, drawn faint; the axes hold them too.
         x_title: what is across, where it is not steps.
     """
@@ -109,8 +109,9 @@ def chart(
         down = HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
         return f"{across:.1f},{down:.1f}"
 
+    spoken = _spoken(title, series, x_title)
     parts = [
-        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(title)}">',
+        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{spoken}">',
         *(_horizontal(y, place(x_low, y)) for y in _ticks(y_low, y_high, 5)),
         *(_below(x, place(x, y_low)) for x in _ticks(x_low, x_high, 4)),
     ]
@@ -134,6 +135,20 @@ def chart(
             f"{escape(x_title)}</text>"
         )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _spoken(title: str, series: Sequence[Series], x_title: str) -> Markup:
+    """Say in words where the lines begin and end, for those who do not see the picture."""
+    lines = []
+    for line in series:
+        (x_first, first), (x_last, last) = line.points[0], line.points[-1]
+        name = f"{line.name} " if line.name != title else ""
+        across = x_title or "step"
+        ends = [f"{_label(first)} at {across} {_label(x_first)}"]
+        if len(line.points) > 1:
+            ends.append(f"{_label(last)} at {across} {_label(x_last)}")
+        lines.append(name + " to ".join(ends))
+    return escape(f"{title}: {'; '.join(lines)}")
 
 
 def _end(css: str, place: str) -> str:

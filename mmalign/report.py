@@ -178,6 +178,7 @@ def write_report(folder: Path, report: Report) -> Path:
         summary=report.summary,
         rows=rows,
         shown=_thinned(report.comparisons),
+        marked=any(bad for item in report.answers for _, bad in (*item.before, *item.after)),
         panels=panels(report.metrics),
         curves=_curves(report),
     )

@@ -43,7 +43,7 @@ MAX_BODY = 4096
 PRELOADED = 3
 MARK = "x-mmalign"
 """A header that a form or link of another site cannot send."""
-ASSETS = {"label.js": "text/javascript", "label.css": "text/css"}
+ASSETS = {"label.js": "text/javascript", "label.css": "text/css", "colors.css": "text/css"}
 SHOWN_AS_IS = {
     ".png": "image/png",
     ".jpg": "image/jpeg",

@@ -95,7 +95,14 @@ def run(config: GalleryConfig) -> None:
         read_run(as_path(name), output, config.examples)
         for name in tqdm(config.runs, desc="read runs", unit="run", delay=1.0)
     ]
-    page = render("gallery.html.j2", title=config.title, runs=runs, costs=COSTS)
+    marked = any(
+        wrong
+        for found in runs
+        for example in found.examples
+        for side in example.sides
+        for _, wrong in side.text
+    )
+    page = render("gallery.html.j2", title=config.title, runs=runs, costs=COSTS, marked=marked)
     write_bytes(output, page.encode())
     tqdm.write(f"{len(runs)} runs, {len(page.encode()) / 2**10:,.0f} KiB: {output}")
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mmalign.plots import Series as Line
 from mmalign.report import (
     MAX_PICTURES,
     PICTURE_PIXELS,
+    AnswerComparison,
     Comparison,
     Picture,
     Report,
@@ -140,6 +142,30 @@ def test_report_shows_headline_table_and_verdicts(tmp_path: Path) -> None:
         "a cat", "beta: 5000.0", "beta x margin has saturated", "1,200", "2.15.0",
     ):  # fmt: skip
         assert expected in words, expected
+
+
+def test_report_says_in_words_what_it_shows(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 4), "red")
+    said = AnswerComparison(
+        prompt="What is it?",
+        images=[picture],
+        before=[("A ", False), ("cat", True)],
+        after=[("Red", False)],
+    )
+    records = [{"step": step, "loss": 1 / step} for step in (1, 2, 4)]
+    parts = {"comparisons": [comparison("a cat")], "metrics": records}
+    tags = Page(render(tmp_path, answers=[said], **parts)).tags
+    assert [attrs["alt"] for tag, attrs in tags if tag == "img"] == [
+        "before: a cat",
+        "after: a cat",
+        "what is asked about: What is it?",
+    ]
+    charts = [attrs["aria-label"] for tag, attrs in tags if tag == "svg" and "aria-label" in attrs]
+    assert charts == ["Loss: loss 1 at step 1 to 0.25 at step 4"]
+    scrolled = [attrs for _, attrs in tags if attrs.get("class") == "scroll"]
+    assert [(a["tabindex"], a["aria-label"]) for a in scrolled] == [("0", "Before and after")]
+    assert "Wrong words are marked" in render(tmp_path, answers=[said])
+    assert "Wrong words" not in render(tmp_path, answers=[replace(said, before=said.after)])
 
 
 def test_report_without_evaluation_or_metrics(tmp_path: Path) -> None:

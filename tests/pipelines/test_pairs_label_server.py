@@ -149,6 +149,9 @@ def test_page_and_pictures(folder: Path, serve: Callable[..., Client]) -> None:
         asset = client("GET", f"/{name}")
         assert (asset.status, asset.headers["content-type"].partition(";")[0]) == (200, kind)
         assert name.encode() in page.body
+    colors = client("GET", "/colors.css")  # those of the other pages
+    assert b"prefers-color-scheme: dark" in colors.body
+    assert b'@import "colors.css"' in client("GET", "/label.css").body
     assert b"http://" not in page.body + client("GET", "/label.js").body
     pair = client.state()["pair"]
     files = {content_hash(f.read_bytes()).hex(): f for f in folder.glob("*.png")}
