@@ -35,6 +35,7 @@ from mmalign.types import InputError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_TRACKED_IMAGES = 16
+TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 GRACE_SECONDS = 10.0
 """How long a step or an evaluation may go on after the process was told to stop."""
 REMINDER_SECONDS = 0.5
@@ -101,8 +102,13 @@ def tracking(accelerator: Accelerator, config: TrainConfig) -> Iterator[None]:
     """Start the trackers of `report_to` and finish them at the end of the block.
 
     Raises:
-        InputError: one cannot start, because its server does not answer or wants a key.
+        InputError: one cannot start, because its server does not answer or wants a key, or would
+            use the network although the run is `offline`.
     """
+    if "trackio" in config.report_to and getattr(config, "offline", False):
+        for variable in TRACKIO_SERVERS:
+            if os.environ.get(variable):
+                raise InputError(f"offline: {variable} is set, which sends metrics to a server")
     if config.report_to:
         try:
             accelerator.init_trackers(
@@ -111,8 +117,8 @@ def tracking(accelerator: Accelerator, config: TrainConfig) -> Iterator[None]:
                 init_kwargs=_tracker_options(config),
             )
         except Exception as error:  # each tracker has errors of its own
-            names, reason = ", ".join(config.report_to), str(error).strip().splitlines() or [""]
-            raise InputError(f"report_to: {names} did not start: {reason[0]}") from error
+            names, reason = ", ".join(config.report_to), " ".join(str(error).split())
+            raise InputError(f"report_to: {names} did not start: {reason[:300]}") from error
     try:
         yield
     finally:

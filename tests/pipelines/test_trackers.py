@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmalign import cli
-from mmalign.accelerator import _tracker_options
+from mmalign.accelerator import _tracker_options, tracking
 from mmalign.config import (
     TRACKERS,
     DraftConfig,
@@ -123,8 +124,20 @@ def test_a_tracker_that_does_not_start_is_one_line(
         raise ConnectionError("no answer\nfrom the server")
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
-    with pytest.raises(InputError, match=r"^report_to: tensorboard did not start: no answer$"):
+    with pytest.raises(
+        InputError, match=r"^report_to: tensorboard did not start: no answer from the server$"
+    ):
         draft.run(config(tiny_sd, tmp_path, "tensorboard"))
+
+
+def test_offline_keeps_trackio_off_servers(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/metrics")
+    accelerator = Accelerator(cpu=True)
+    options = config(tiny_sd, tmp_path, "trackio")
+    with pytest.raises(InputError, match="offline: TRACKIO_SPACE_ID is set"):
+        tracking(accelerator, options).__enter__()
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
