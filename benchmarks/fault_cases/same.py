@@ -224,6 +224,7 @@ from_tests(
     "tests/test_reference.py",
     "tests/pipelines/test_offline_methods.py",
     "tests/pipelines/test_online_methods.py",
+    limit=600,
 )
 from_tests(
     17,
