@@ -173,6 +173,27 @@ def too_long(folder: Path, tally: Tally) -> None:
     _resumed(whole, output, "diffusion-dpo", tally)
 
 
+@case(
+    3,
+    f"sampling before training, mmalign's launcher, {TWO}",
+    "ends with 143 within 30 s, no orphan",
+    limit=300,
+)
+def before_training(folder: Path, tally: Tally) -> None:
+    """Send SIGTERM while both processes sample the base for the evaluation."""
+    evaluation = (f"--evaluation.prompts={TOYS.prompts}", "--evaluation.images_per_prompt=400")
+    run = Launched(TOYS.train("mapo", folder / "run", *evaluation), by="ddp")
+    while "sample base" not in run.log.read_text() and run.process.poll() is None:
+        time.sleep(0.01)
+    run.process.terminate()
+    started = time.monotonic()
+    said = run.wait(60)
+    seconds, left = time.monotonic() - started, run.orphans()
+    ok = said.code == 143 and seconds < 30 and not left
+    tally.point(ok, f"code {said.code} after {seconds:.0f} s, orphans {left}")
+    tally.answers.append(f"launcher ends with {said.code}")
+
+
 def rank_fault(fault: str, words: tuple[str, ...], folder: Path, tally: Tally) -> None:
     """Inject a fault into rank 1 in its fourth step."""
     output = folder / "run"

@@ -100,7 +100,7 @@ class Toys:
             return [f"--pairs.path={self.vlm_pairs}"]
         if method == "online-dpo":
             candidates = [
-                *(f"--candidates.prompts={self.prompts}", "--candidates.candidates_per_prompt=2"),
+                *(f"--candidates.prompts={self.prompts}", "--candidates.candidates_per_prompt=3"),
                 *(f"--candidates.rewards={BRIGHTNESS}", "--candidates.rule=all_pairs"),
                 "--candidates.sampling.num_inference_steps=2",
             ]
