@@ -235,6 +235,23 @@ class StopSignal:
             wait = REMINDER_SECONDS
 
 
+def leave_signals(worker: int) -> None:
+    """Keep a loading process alive when all of a job's processes are told to stop.
+
+    The main process needs it to the end of its step, and then ends it, if need be by a second
+    SIGTERM. By itself such a process dies at the first, and takes the run with it unsaved.
+
+    Args:
+        worker: its number, as `worker_init_fn` gets it.
+    """
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, first)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _tracker_options(config: TrainConfig) -> dict[str, dict[str, Any]]:
     """Name the run after its folder, keep files in there, and stay off the network if told to.
 

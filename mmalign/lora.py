@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,20 @@ def _go_on(denoiser: nn.Module, config: LoraConfig, file: LoraFile) -> None:
     set_peft_model_state_dict(denoiser, found, adapter_name=ADAPTER_NAME)
 
 
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder inside `folder` for the block; what a killed run has left goes as well.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".lora-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as scratch:
+        yield Path(scratch)
+
+
 def save_lora(denoiser: nn.Module, folder: Path | str) -> Path:
     """Write the LoRA of `denoiser` to `folder/pytorch_lora_weights.safetensors`, atomically.
 
@@ -126,14 +141,13 @@ def save_lora(denoiser: nn.Module, folder: Path | str) -> Path:
     }
     path = Path(folder) / WEIGHTS_NAME
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lora-") as scratch:
+        with scratch_folder(path.parent) as scratch:
             StableDiffusionPipeline.save_lora_weights(
                 scratch,
                 unet_lora_layers=tensors,
                 unet_lora_adapter_metadata={**kept, "target_modules": _module_names(tensors)},
             )
-            os.replace(Path(scratch) / WEIGHTS_NAME, path)
+            os.replace(scratch / WEIGHTS_NAME, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written: {error}") from error
     return path

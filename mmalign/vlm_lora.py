@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmalign.config import VlmLoraConfig, as_path
-from mmalign.lora import ADAPTER_NAME, attach_lora
+from mmalign.lora import ADAPTER_NAME, attach_lora, scratch_folder
 from mmalign.processes import is_main
 from mmalign.sharding import full
 from mmalign.types import InputError
@@ -96,12 +95,11 @@ def save_vlm_lora(model: nn.Module, folder: Path | str, base: str) -> Path:
     )
     target = Path(folder)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".lora-") as scratch:
-            save_file(tensors, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
+        with scratch_folder(target) as scratch:
+            save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
             settings.save_pretrained(scratch)
             for name in (SETTINGS, WEIGHTS):
-                os.replace(Path(scratch) / name, target / name)
+                os.replace(scratch / name, target / name)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{target}: cannot be written: {error}") from error
     return target

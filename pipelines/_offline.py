@@ -16,6 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from mmalign.accelerator import leave_signals
 from mmalign.config import OfflineConfig
 from mmalign.data.batch import PairBatch, PairCollator, StepDataset
 from mmalign.data.cache import CachedPairs, LivePairs, precompute
@@ -134,6 +135,7 @@ class _Feed:
             batch_sampler=sampler,
             collate_fn=self._collate,
             num_workers=self._config.num_workers,
+            worker_init_fn=leave_signals,
         )
         for number, batch in enumerate(loader):
             if isinstance(sampler, CurriculumSampler):

@@ -26,7 +26,7 @@ from mmalign.accelerator import make_accelerator, prepare_model, track_evaluatio
 from mmalign.adapters import load_adapter, no_file_bars
 from mmalign.checkpoint import list_checkpoints
 from mmalign.config import RunConfig, changed_options, dump_config
-from mmalign.data.files import write_bytes
+from mmalign.data.files import clear_leftovers, write_bytes
 from mmalign.data.order import BatchPlan
 from mmalign.evaluation import Evaluation
 from mmalign.lora import attach_lora, save_lora
@@ -245,6 +245,7 @@ def begin_folder(output: Path, resolved: str) -> list[str]:
     Raises:
         InputError: the folder cannot be written.
     """
+    clear_leftovers(output)
     changes = _changed_since(output, resolved)
     write_bytes(output / "config.yaml", resolved.encode())
     return changes

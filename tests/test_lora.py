@@ -32,6 +32,7 @@ from mmalign.lora import (
     fold_lora,
     read_lora,
     save_lora,
+    scratch_folder,
 )
 from mmalign.lora_export import export_kohya, export_merged
 from mmalign.reference import make_reference
@@ -273,6 +274,15 @@ def test_lora_is_float32_above_half_precision_weights(
     )
     pipeline.load_lora_weights(tmp_path)
     assert (plain_sample(pipeline) - loaded).abs().max() == 0
+
+
+def test_what_a_killed_save_has_left_goes(tmp_path: Path) -> None:
+    (tmp_path / ".lora-killed").mkdir()
+    (tmp_path / ".lora-killed" / "half").touch()
+    (tmp_path / "other").touch()
+    with scratch_folder(tmp_path) as scratch:
+        assert sorted(tmp_path.iterdir()) == sorted([scratch, tmp_path / "other"])
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_channels_last_lora_can_be_saved(tiny_sd: Path, tmp_path: Path) -> None:

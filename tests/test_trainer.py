@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -12,17 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import mmalign.checkpoint
 import mmalign.trainer
-from mmalign.accelerator import make_accelerator
+from mmalign.accelerator import leave_signals, make_accelerator
 from mmalign.config import TrainConfig
 from mmalign.metrics_log import read_metrics
 from mmalign.monitor import WINDOW
@@ -489,6 +491,32 @@ def test_infinite_gradient_with_a_finite_loss_counts_as_bad(tmp_path: Path) -> N
     toy.trainer._step = step
     with pytest.raises(InputError, match=r"step 1: loss \d.*gradient norm (nan|inf), in pairs \S"):
         toy.trainer.train()
+
+
+def test_loading_processes_outlive_the_first_signals() -> None:
+    """Those that a cluster's manager sends to every process of a job."""
+    loader = DataLoader(
+        cast("Dataset[int]", range(64)), batch_size=1, num_workers=1, worker_init_fn=leave_signals
+    )
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid or 0, number)
+    assert len(list(batches)) == 63
+
+
+def test_loading_processes_do_not_outlive_the_run() -> None:
+    def load() -> None:
+        leave_signals(0)
+        time.sleep(60)
+
+    worker = multiprocessing.get_context("fork").Process(target=load)
+    worker.start()
+    for _ in range(200):
+        worker.terminate()
+        worker.join(0.05)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_an_update_that_overflows_is_one_line(tmp_path: Path) -> None:

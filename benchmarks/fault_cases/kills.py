@@ -152,7 +152,8 @@ def run_boundaries(folder: Path, tally: Tally) -> None:
             problem = said.error if said.code else difference(whole, place)
             if code != -signal.SIGKILL:
                 problem = f"was not killed at point {number}: {code}"
-            left = [p.name for p in place.rglob("*") if p.name.startswith((".tmp-", ".lora-"))]
+            usual = {p.name for p in whole.rglob(".*")}
+            left = [p.name for p in place.rglob(".*") if p.name not in usual]
             tally.point(not problem and not left, problem or f"leaves {left[:3]}")
             shutil.rmtree(place)
     tally.answers.append(

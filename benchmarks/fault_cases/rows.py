@@ -53,7 +53,8 @@ BAD_ANSWERS: BadRows = {
         "the same pair as",
     ),
     "missing file": ({"image": "no.png"}, "does not exist"),
-    "no image": ({"image": "DROP"}, "image"),
+    "image of another type": ({"image": 7}, "an image cell is a int"),
+    "too many images": ({"image": ["red.png"] * 65}, "more than max_images"),
     "broken JSON": ('{"prompt": "red 1", ', "not JSON"),
     "JSON that is no object": ("[1, 2]", "not an object"),
     "deep JSON": ("[" * 100_000, "not usable JSON"),
@@ -110,9 +111,10 @@ def all_bad_rows(folder: Path, tally: Tally) -> None:
 @case(8, "ties, byte order mark, UTF-16", "ties counted, mark read, UTF-16 refused in one line")
 def ties_and_encodings(folder: Path, tally: Tally) -> None:
     """What is no bad row, and what is no row at all."""
-    for pairs in (folder_of_pairs(folder / "pairs"), file_of_answers(folder / "answers")):
+    kinds = (folder_of_pairs(folder / "pairs"), file_of_answers(folder / "answers"))
+    for number, pairs in enumerate(kinds):
         change_line(pairs, 1, {"score_chosen": 1.0, "score_rejected": 1.0})
-        validate, stop, skip = three_commands(pairs, folder / f"{pairs.stem}-run")
+        validate, stop, skip = three_commands(pairs, folder / str(number) / "run")
         tally.point(validate.code == 0 and " 1 ties" in validate.text, validate.error)
         for said in (stop, skip):
             tally.point(said.code == 0 and "1 ties dropped" in said.text, said.error)
@@ -123,5 +125,5 @@ def ties_and_encodings(folder: Path, tally: Tally) -> None:
         tally.point(said.code == 0 and " 1 ties" in said.text, said.error)
         for encoding in ("utf-16", "utf-16-le"):
             file.write_text(text, encoding=encoding)
-            for said in three_commands(pairs, folder / "x"):
+            for said in three_commands(pairs, folder / "no" / "run"):
                 tally.refused(said, "UTF-16")

@@ -18,6 +18,7 @@ from mmalign.types import InputError
 
 MAX_LINE_BYTES = 16 * 2**20
 UTF8_BOM = b"\xef\xbb\xbf"
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -181,6 +182,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed writes from a folder that nobody else writes into."""
+    for path in folder.rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -34,16 +34,20 @@ def refuse_foreign_shards(
     from transformers.utils import cached_file
 
     middle = "" if variant is None else f".{variant}"
-    index = cached_file(
-        location,
-        f"model.safetensors.index{middle}.json",
-        subfolder=subfolder,
-        revision=revision,
-        local_files_only=offline,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        index = cached_file(
+            location,
+            f"model.safetensors.index{middle}.json",
+            subfolder=subfolder,
+            revision=revision,
+            local_files_only=offline,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"{location}: its files cannot be looked up: {lines[0]}") from error
     if index is None:
         return
     try:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from mmalign.data.files import atomic_path, read_jsonl, read_text, resolve_inside, write_bytes
+from mmalign.data.files import (
+    atomic_path,
+    clear_leftovers,
+    read_jsonl,
+    read_text,
+    resolve_inside,
+    write_bytes,
+)
 from mmalign.data.schema import RowError
 from mmalign.types import InputError
 
@@ -128,6 +135,19 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         interrupted()
     assert file.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_leftovers_of_killed_writes_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    with atomic_path(tmp_path / "samples" / "a.png") as temporary:
+        name = temporary.name
+        temporary.touch()
+    kept = ["a.tmp", ".a.tmp", ".a.png.1-zz.tmp"]
+    for file in (*kept, name, f"samples/{name}"):
+        (tmp_path / file).touch()
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "samples"])
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["a.png"]
 
 
 def test_disk_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,17 @@ def test_plain_names_and_no_index(tmp_path: Path) -> None:
     refuse_foreign_shards(str(tmp_path))
 
 
+def test_of_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_foreign_shards("somebody/nothing", offline=True)  # its loader says that it is absent
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise OSError("no such revision\nand more")
+
+    monkeypatch.setattr("transformers.utils.cached_file", fails)
+    with pytest.raises(InputError, match=r"^somebody/nothing: .* looked up: no such revision$"):
+        refuse_foreign_shards("somebody/nothing")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000])
 def test_damaged(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
