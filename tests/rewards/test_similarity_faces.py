@@ -174,10 +174,10 @@ def test_crop_takes_the_middle_of_what_is_scored(folder: Path) -> None:
 def test_gradients_and_half_precision(folder: Path) -> None:
     reward = load(folder, dtype="float64", crop=0.9)
     check_gradients(lambda images: reward(images, [""]), 1, 3, 120, 130)
-    images = eight_bit(2, 3, 112, 112)
+    image = eight_bit(1, 3, 112, 112)
     with torch.no_grad():
-        half = load(folder, dtype="bfloat16")(images, ["", ""])
-        exact = load(folder)(images, ["", ""])
+        half = load(folder, dtype="bfloat16")(image, [""])
+        exact = load(folder)(image, [""])
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
 
