@@ -19,6 +19,7 @@ if __name__ == "rewards":  # the repository root is on sys.path: classes would e
         "import mmalign.rewards, not rewards: run from outside the repository root or install"
     )
 
+from mmalign.rewards._options import check_types
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -159,4 +160,5 @@ def _arguments(target: type, config: RewardConfig, device: str) -> dict[str, Any
         raise InputError(
             f"options of reward {config.name!r}: {error}; it takes: {names}"
         ) from error
+    check_types(config.name, target, arguments)
     return arguments

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.squeezenet import Fire
 
 from mmalign.rewards._weights import load_into, load_tensors
 from mmalign.types import InputError
 
-BackboneName = Literal["alexnet", "vgg16", "vgg19"]
+BackboneName = Literal["alexnet", "vgg16", "vgg19", "squeezenet1_1"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Per channel of ImageNet, in [0, 1] units."""
 
@@ -27,6 +28,11 @@ class Backbone(nn.Module):
         assert isinstance(layers, nn.Sequential)
         self.layers: nn.Sequential = layers[: taps[-1] + 1]
         self.taps = taps
+
+    @property
+    def widths(self) -> list[int]:
+        """Count the channels of the feature map at each tap."""
+        return [_width(self.layers[: tap + 1]) for tap in self.taps]
 
     def forward(self, x: Tensor) -> Iterator[Tensor]:
         """Give the feature maps (B, C, h, w) at the taps one after the other."""
@@ -52,6 +58,7 @@ def load_backbone(name: BackboneName, path: Path, taps: tuple[int, ...]) -> Back
         "alexnet": torchvision.models.alexnet,
         "vgg16": torchvision.models.vgg16,
         "vgg19": torchvision.models.vgg19,
+        "squeezenet1_1": torchvision.models.squeezenet1_1,
     }
     if name not in builders:
         raise InputError(f"backbone {name!r} is none of {', '.join(builders)}")
@@ -74,3 +81,9 @@ def _features(builder: Any) -> nn.Sequential:
     with torch.device("meta"):
         features: nn.Sequential = builder(weights=None).features
     return features.to_empty(device="cpu")
+
+
+def _width(layers: nn.Sequential) -> int:
+    last = next(layer for layer in reversed(layers) if isinstance(layer, nn.Conv2d | Fire))
+    parts = (last.expand1x1, last.expand3x3) if isinstance(last, Fire) else (last,)
+    return sum(part.weight.shape[0] for part in parts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from mmalign.config import as_path
 from mmalign.rewards._clip_preprocess import ClipPreprocess
 from mmalign.types import InputError
 
-SCHEMAS = ("local-dir:", "hf-hub:")
+FORMS = ("local-dir:FOLDER", "hf-hub:ORG/NAME", "pkg://PACKAGE/FOLDER")
+PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,23 @@ def load_open_clip(
         InputError: if the model, its folder or its weights are missing or damaged, or if the
             weights are pickled objects.
     """
+    if precision not in PRECISIONS:  # open_clip takes any other name for fp32
+        raise InputError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     name, weights = _resolve(model, pretrained, not weights_later)
     try:
-        network: nn.Module = open_clip.create_model(
-            name,
-            pretrained=weights,
-            load_weights=not weights_later,
-            precision=precision,
-            device=torch.device(device),
-            force_quick_gelu=_quick_gelu(name, weights),
-            pretrained_image=False,
-            pretrained_text=False,
-            require_pretrained=not weights_later,
-            weights_only=True,
-        )
+        with _without_alarm() if weights_later else nullcontext():
+            network: nn.Module = open_clip.create_model(
+                name,
+                pretrained=weights,
+                load_weights=not weights_later,
+                precision=precision,
+                device=torch.device(device),
+                force_quick_gelu=_quick_gelu(name, weights),
+                pretrained_image=False,
+                pretrained_text=False,
+                require_pretrained=not weights_later,
+                weights_only=True,
+            )
         tokenizer = open_clip.get_tokenizer(name)
     except pickle.UnpicklingError as error:
         raise InputError(
@@ -90,6 +96,21 @@ def load_open_clip(
     network.eval().requires_grad_(False)
     visual: Any = network.visual
     return OpenClip(network, tokenizer, ClipPreprocess.from_open_clip(visual.preprocess_cfg))
+
+
+@contextmanager
+def _without_alarm() -> Iterator[None]:
+    """Leave out open_clip's warning that weights are random, where they are about to be loaded."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "Model initialized randomly" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(wanted)
+    try:
+        yield
+    finally:
+        root.removeFilter(wanted)
 
 
 def _quick_gelu(name: str, pretrained: str | None) -> bool:
@@ -111,7 +132,7 @@ def _resolve(model: str, pretrained: str | None, with_weights: bool) -> tuple[st
     if model.replace("/", "-") not in architectures:
         raise InputError(
             f"open_clip model {model!r} is neither a folder nor a built-in architecture "
-            f"such as {', '.join(architectures[:3])}; other forms: {', '.join(SCHEMAS)}pkg://"
+            f"such as {', '.join(architectures[:3])}; other forms: {', '.join(FORMS)}"
         )
     return model, _weights(model, pretrained) if with_weights else None
 

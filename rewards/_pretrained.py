@@ -94,8 +94,9 @@ def load_part(kind: Any, model: str) -> Any:
         InputError: it is missing or damaged.
     """
     what = "tokenizer" if "Tokenizer" in kind.__name__ else "image processor"
+    location = _location(model)
     try:
-        part = kind.from_pretrained(_location(model), trust_remote_code=False)
+        part = kind.from_pretrained(location, trust_remote_code=False)
     except FAILURES as error:
         raise InputError(f"{model}: its {what} cannot be loaded: {_reason(error)}") from error
     if what == "tokenizer" and len(part) <= len(set(part.all_special_ids)):
@@ -109,8 +110,9 @@ def load_config(kind: Any, model: str) -> Any:
     Raises:
         InputError: it is missing or damaged.
     """
+    location = _location(model)
     try:
-        return kind.from_pretrained(_location(model))
+        return kind.from_pretrained(location)
     except FAILURES as error:
         raise InputError(f"{model}: its config.json cannot be loaded: {_reason(error)}") from error
 

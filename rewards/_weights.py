@@ -77,7 +77,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             "convert it to safetensors"
         ) from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"weight file {path} is damaged: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or ["it is empty or cut"])[0]
+        raise InputError(f"weight file {path} is damaged: {reason}") from error
+    except Exception as error:  # torch takes other files for pickles, and stumbles over any byte
+        raise InputError(f"weight file {path} is not a file of torch or safetensors") from error
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise InputError(f"weight file {path} is not a dictionary of tensors")

@@ -45,9 +45,13 @@ class CombinedReward:
     - `sum`: r = sum_k weight_k * normalize_k(r_k), each reward by its own `normalize`;
     - `zscore`: the same with every reward as its z-score among the samples of its prompt;
     - `rank`: the mean, by weight, of the ranks among the samples of its prompt, 0 to 1;
-    - `gdpo`: `zscore`, then the z-score of the sum over all samples of the call (GDPO, Liu et al.
-      2026, arXiv 2601.05242, section 3). Deviations are the population's, without the paper's
-      epsilon; where all scores are equal the result is 0.
+    - `gdpo`: `zscore`, then the z-score of the sum over all samples of the call: the advantage of
+      GDPO (Liu et al. 2026, arXiv 2601.05242), each reward normalized within its group, weighted
+      and summed, then normalized over the batch.
+
+    Deviations are the population's, with nothing added; where all scores are equal the result is 0.
+    The code that GDPO's authors publish takes those of a sample (n - 1) and adds 1e-4 to each. In
+    groups of one size its result is, but for the 1e-4, the one here times sqrt((B - 1) / B).
 
     Whatever compares samples does so within one call, so score everything that is to be compared in
     one call, or score in parts and use `combine_scores` on the whole.

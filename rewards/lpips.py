@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmalign.config import as_path
@@ -22,6 +22,7 @@ from mmalign.types import InputError, Modality
 TAPS: dict[str, tuple[BackboneName, tuple[int, ...]]] = {
     "alex": ("alexnet", (1, 4, 7, 9, 11)),
     "vgg": ("vgg16", (3, 8, 15, 22, 29)),
+    "squeeze": ("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
 }
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Per channel, of images in [-1, 1]: version 0.1 of the metric."""
@@ -34,9 +35,9 @@ class LpipsReward:
         r(x_i) = 1 / (n - 1) sum_{j != i} d(x_i, x_j)
         d(x, y) = sum_l mean_hw sum_c w_lc (f_lc(x) / |f_l(x)| - f_lc(y) / |f_l(y)|)^2
 
-    f_l are feature maps of AlexNet or VGG-16 and w_l the published weights (v0.1, not negative). 0
-    for equal images. It is a reward of sets: score all images of a prompt in one
-    call, with at least two of them. Images are not resized. Differentiable.
+    f_l are feature maps of AlexNet (5), VGG-16 (5) or SqueezeNet 1.1 (7) and w_l the published
+    weights (v0.1, not negative). 0 for equal images. It is a reward of sets: score all images of a
+    prompt in one call, with at least two of them. Images are not resized. Differentiable.
     """
 
     name = "lpips"
@@ -48,16 +49,16 @@ class LpipsReward:
         self,
         weights: str,
         backbone: str,
-        network: Literal["alex", "vgg"] = "alex",
+        network: Literal["alex", "vgg", "squeeze"] = "alex",
         dtype: str = "float32",
         device: str = "cpu",
     ) -> None:
         """Load the networks.
 
         Args:
-            weights: the metric's own, `alex.pth` or `vgg.pth` of version 0.1.
+            weights: the metric's own, `alex.pth`, `vgg.pth` or `squeeze.pth` of version 0.1.
             backbone: torchvision's weights of the classifier, such as `alexnet-owt-7be5be79.pth`.
-            network: which of the two.
+            network: which of the three.
             dtype: of the weights: float32, float16, bfloat16 or float64.
             device: torch device.
 
@@ -65,7 +66,7 @@ class LpipsReward:
             InputError: if a file is missing, damaged, pickled, or of another network.
         """
         if network not in TAPS:
-            raise InputError(f"reward lpips: network {network!r} is not alex or vgg")
+            raise InputError(f"reward lpips: network {network!r} is not alex, vgg or squeeze")
         name, taps = TAPS[network]
         layers = load_backbone(name, as_path(backbone), taps)
         self.backbone = layers.to(device, to_dtype(dtype))
@@ -121,16 +122,12 @@ class LpipsReward:
 
 def _linear(path: Path, backbone: Backbone) -> list[Tensor]:
     tensors = load_tensors(path)
-    widths = [
-        [layer for layer in backbone.layers[: tap + 1] if isinstance(layer, nn.Conv2d)][-1]
-        for tap in backbone.taps
-    ]
-    names = [f"lin{level}.model.1.weight" for level in range(len(widths))]
     wanted = {
-        name: (1, layer.out_channels, 1, 1) for name, layer in zip(names, widths, strict=True)
+        f"lin{level}.model.1.weight": (1, width, 1, 1)
+        for level, width in enumerate(backbone.widths)
     }
     if {name: tuple(value.shape) for name, value in tensors.items()} != wanted:
         raise InputError(
-            f"{path} does not hold the weights of LPIPS for this network, {names[0]} ..."
+            f"{path} does not hold the weights of LPIPS for this network, lin0.model.1.weight ..."
         )
-    return [tensors[name] for name in names]
+    return [tensors[name] for name in wanted]

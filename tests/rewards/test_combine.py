@@ -163,6 +163,26 @@ def test_gdpo_normalizes_each_within_its_prompt_then_the_sum_over_the_batch() ->
     torch.testing.assert_close(total, torch.tensor([-1.0, 1.0, 3.0, -3.0]) / math.sqrt(5))
 
 
+def test_gdpo_is_that_of_its_authors_but_for_one_factor() -> None:
+    """Their steps, with the deviations of a sample and 1e-4 added to them, on groups of three."""
+    prompts = ["a", "b", "a", "b", "a", "b"]
+    raw = {
+        "x": torch.tensor([0.0, 5.0, 1.0, 5.0, 4.0, 5.0], dtype=torch.float64),  # b: all equal
+        "y": torch.tensor([0.3, 0.0, 0.1, 1.0, 0.9, 0.0], dtype=torch.float64),
+    }
+    weights = {"x": RewardConfig(weight=2.0), "y": RewardConfig(weight=0.5)}
+    summed = torch.zeros(6, dtype=torch.float64)
+    for name, config in weights.items():
+        for rows in ([0, 2, 4], [1, 3, 5]):
+            group = raw[name][rows]
+            advantage = (group - group.mean()) / (group.std(correction=1) + 1e-4)
+            summed[rows] += config.weight * advantage
+    theirs = (summed - summed.mean()) / (summed.std(correction=1) + 1e-4)
+    ours = combine_scores(raw, weights, prompts, "gdpo").total
+    torch.testing.assert_close(ours * math.sqrt(5 / 6), theirs, rtol=1e-3, atol=0)
+    assert float(ours[1]) < 0 < float(ours[3])
+
+
 def test_gdpo_keeps_apart_what_the_normalized_sum_confuses() -> None:
     """The paper's example: (0, 1) and (0, 2) of two binary rewards give GRPO the same advantages.
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmalign.rewards.lpips import LpipsReward
 from mmalign.scoring import ScorerError
@@ -14,8 +16,16 @@ from mmalign.types import InputError, Reward
 
 from reward_zoo import check_gradients, convolutions, eight_bit  # isort: skip
 
-WIDTHS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
-BUILDERS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}
+WIDTHS = {
+    "alex": (64, 192, 384, 256, 256),
+    "vgg": (64, 128, 256, 512, 512),
+    "squeeze": (64, 128, 256, 384, 384, 512, 512),
+}
+BUILDERS = {
+    "alex": torchvision.models.alexnet,
+    "vgg": torchvision.models.vgg16,
+    "squeeze": torchvision.models.squeezenet1_1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +51,57 @@ def load(folder: Path, network: Any = "alex", **options: Any) -> LpipsReward:
     )
 
 
-def authors_distance(
-    folder: Path, network: str, layers: list[torch.nn.Module], one: Tensor, other: Tensor
-) -> float:
-    """LPIPS 0.1 from its paper: unit features at the rectifier before each pooling, and the last.
+def rectified(network: str, layers: list[torch.nn.Module], x: Tensor) -> Iterator[Tensor]:
+    """Features at the rectifier before each pooling, and the last.
 
     AlexNet has no pooling between its last three convolutions, and all of them count.
     """
-    linear = torch.load(folder / f"{network}.pth", weights_only=True)
-    shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
-    scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
-    x = torch.stack([(2 * image - 1 - shift) / scale for image in (one, other)])
-    total, level = 0.0, 0
     for place, layer in enumerate(layers):
         x = layer(x.clone())
         following = layers[place + 1] if place + 1 < len(layers) else None
         pooled = isinstance(following, torch.nn.MaxPool2d)
         if isinstance(layer, torch.nn.ReLU) and (pooled or network == "alex"):
-            unit = x / x.square().sum(1, keepdim=True).sqrt().clamp_min(1e-10)
-            difference = (unit[0] - unit[1]).square().mean((1, 2))
-            total += float(difference @ linear[f"lin{level}.model.1.weight"].flatten())
-            level += 1
-    assert level == 5
+            yield x
+
+
+def squeezed(state: dict[str, Tensor], x: Tensor) -> Iterator[Tensor]:
+    """SqueezeNet 1.1 from the table of its paper, with the weights under torchvision's names.
+
+    Pooling follows the first convolution, fire 3 and fire 5; all of fire 6 to 9 count.
+    """
+
+    def convolve(name: str, x: Tensor, **options: int) -> Tensor:
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options).relu()
+
+    x = convolve("0", x, stride=2)
+    yield x
+    for block, places in enumerate(((3, 4), (6, 7), (9, 10, 11, 12))):
+        x = F.max_pool2d(x, 3, 2, ceil_mode=True)
+        for place in places:
+            low = convolve(f"{place}.squeeze", x)
+            high = convolve(f"{place}.expand3x3", low, padding=1)
+            x = torch.cat([convolve(f"{place}.expand1x1", low), high], 1)
+            if block == 2 or place == places[-1]:
+                yield x
+
+
+def authors_distance(
+    folder: Path, network: str, layers: torch.nn.Sequential, one: Tensor, other: Tensor
+) -> float:
+    """LPIPS 0.1 from its paper, on unit features."""
+    linear = torch.load(folder / f"{network}.pth", weights_only=True)
+    shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+    scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+    x = torch.stack([(2 * image - 1 - shift) / scale for image in (one, other)])
+    squeeze = network == "squeeze"
+    found = squeezed(layers.state_dict(), x) if squeeze else rectified(network, list(layers), x)
+    total, levels = 0.0, 0
+    for level, features in enumerate(found):
+        unit = features / features.square().sum(1, keepdim=True).sqrt().clamp_min(1e-10)
+        difference = (unit[0] - unit[1]).square().mean((1, 2))
+        total += float(difference @ linear[f"lin{level}.model.1.weight"].flatten())
+        levels += 1
+    assert levels == len(linear)
     return total
 
 
@@ -71,7 +110,7 @@ def test_equals_the_papers_definition(folder: Path, network: str) -> None:
     reward = load(folder, network)
     images = eight_bit(5, 3, 64, 72)
     prompts = ["a", "b", "a", "b", "a"]
-    layers = list(convolutions(BUILDERS[network]))
+    layers = convolutions(BUILDERS[network])
     with torch.no_grad():
         d = {
             (i, j): authors_distance(folder, network, layers, images[i], images[j])
@@ -100,8 +139,9 @@ def test_equal_images_have_no_distance_and_a_finite_gradient(folder: Path) -> No
     assert bool(torch.isfinite(images.grad).all())
 
 
-def test_gradients_reach_the_images(folder: Path) -> None:
-    reward = load(folder, dtype="float64")
+@pytest.mark.parametrize("network", ["alex", "squeeze"])
+def test_gradients_reach_the_images(folder: Path, network: str) -> None:
+    reward = load(folder, network, dtype="float64")
     check_gradients(lambda images: reward(images, ["", ""]), 2, 3, 64, 64)
 
 
@@ -122,10 +162,11 @@ def test_files_of_other_networks(folder: Path, tmp_path: Path, exploit: Any) -> 
     alex, vgg = (str(folder / f"{name}_backbone.pth") for name in ("alex", "vgg"))
     with pytest.raises(InputError, match=r"has other shapes of|lacks"):
         LpipsReward(str(folder / "alex.pth"), vgg)
-    with pytest.raises(InputError, match="does not hold the weights of LPIPS"):
-        LpipsReward(str(folder / "vgg.pth"), alex)
-    with pytest.raises(InputError, match="'squeeze' is not alex or vgg"):
-        LpipsReward(str(folder / "alex.pth"), alex, "squeeze")  # type: ignore[arg-type]
+    for name in ("vgg", "squeeze"):
+        with pytest.raises(InputError, match="does not hold the weights of LPIPS"):
+            LpipsReward(str(folder / f"{name}.pth"), alex)
+    with pytest.raises(InputError, match="'resnet' is not alex, vgg or squeeze"):
+        LpipsReward(str(folder / "alex.pth"), alex, "resnet")  # type: ignore[arg-type]
     torch.save(exploit, tmp_path / "alex.pth")
     with pytest.raises(InputError, match="pickled objects"):
         LpipsReward(str(tmp_path / "alex.pth"), alex)

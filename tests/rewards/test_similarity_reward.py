@@ -185,5 +185,7 @@ def test_bad_references_and_models(clip: Path, references: Path, tmp_path: Path)
         SimilarityReward(str(tmp_path), model=str(clip))
     with pytest.raises(InputError, match="give model"):
         SimilarityReward(str(references), "style")
-    with pytest.raises(InputError, match="must be subject or style"):
+    with pytest.raises(InputError, match="must be subject, face or style"):
         SimilarityReward(str(references), "colour")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"crop 0\.5 must be above 0 and up to 1"):
+        SimilarityReward(str(references), model=str(clip), crop=0.5)
