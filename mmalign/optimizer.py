@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
+from mmalign.types import InputError
+
 if TYPE_CHECKING:
     from mmalign.config import TrainConfig
 
@@ -32,6 +34,21 @@ def make_optimizer(
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return optimizer, factor
+
+
+def update(optimizer: torch.optim.Optimizer, step: int, kept: str) -> None:
+    """Change the weights; `kept` says in an error where those of before are.
+
+    Raises:
+        InputError: the learning rate is a number that only fits into a Python float.
+    """
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        hint = f"lower learning_rate; {kept}"
+        raise InputError(f"step {step}: the update overflows; {hint}") from error
 
 
 def skip_update(accelerator: Accelerator) -> None:

@@ -26,7 +26,7 @@ from mmalign.accumulation import Measured, accumulate
 from mmalign.config import TrainConfig
 from mmalign.metrics_log import MetricsLog
 from mmalign.monitor import Monitor
-from mmalign.optimizer import make_optimizer, skip_update
+from mmalign.optimizer import make_optimizer, skip_update, update
 from mmalign.processes import gather
 from mmalign.randomness import derive_seed
 from mmalign.training_state import Stateful, TrainingState
@@ -218,7 +218,7 @@ class Trainer:
         elif measured.finite or self._overflowed(measured):
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            self._update(step)
+            update(self._optimizer, step, self._state.kept)
             self._monitor.update(step, metrics)
             if self.ema is not None and not self._optimizer.step_was_skipped:
                 self.ema.step(self._parameters)
@@ -227,15 +227,6 @@ class Trainer:
             metrics["skipped"] = 1.0
         self._optimizer.zero_grad()
         return metrics
-
-    def _update(self, step: int) -> None:
-        try:
-            self._optimizer.step()
-        except RuntimeError as error:  # a learning rate that only fits into a Python float
-            if "overflow" not in str(error):
-                raise
-            hint = f"lower learning_rate; {self._state.kept}"
-            raise InputError(f"step {step}: the update overflows; {hint}") from error
 
     def _overflowed(self, measured: Measured) -> bool:
         """Tell an fp16 gradient that overflowed, which the scaler handles, from a broken one."""
@@ -295,9 +286,6 @@ class Trainer:
             raise SystemExit(self.stop.exit_code)
 
     def _save(self, step: int) -> None:
-        if not self._state.finite:
-            hint = f"lower learning_rate; {self._state.kept}"
-            raise InputError(f"step {step}: weights are no longer finite; {hint}")
         if self._log is not None:
             self._log.sync()
         self._state.save(step)

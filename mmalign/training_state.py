@@ -82,8 +82,12 @@ class TrainingState:
         """Save a checkpoint of `step`, on the main process.
 
         Raises:
-            InputError: it cannot be written; earlier checkpoints are intact.
+            InputError: it cannot be written, or a weight is not finite; earlier checkpoints are
+                intact.
         """
+        if not self.finite:
+            what = f"step {step}: weights are no longer finite"
+            raise InputError(f"{what}; lower learning_rate; {self.kept}")
         skeleton, tensors = pack(self._capture())
         weights = {name: full(value.detach()) for name, value in self._parameters.items()}
         from_main(
