@@ -23,9 +23,9 @@ TWO = "2 processes"
 END_SECONDS = 90
 RANKS = "all processes end, none with 0, within 90 s of the fault; no orphan"
 OURS = ["-m", "mmalign"]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=PORT"]
 ACCELERATE = [
-    *("-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port={port}"),
+    *("-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=PORT"),
     *("--config_file", str(REPOSITORY / "configs" / "accelerate" / "ddp.yaml")),
 ]
 
@@ -57,7 +57,7 @@ class Launched:
         self.log = Path("log.txt")
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, *(part.format(port=port) for part in launcher)],
+                [sys.executable, *(part.replace("=PORT", f"={port}") for part in launcher)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=env,
