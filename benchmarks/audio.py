@@ -22,7 +22,7 @@ from scipy.stats import t as student
 from tqdm.auto import tqdm
 
 PAGE = Path(__file__).parents[1] / "docs" / "audio.md"
-BASE_STEPS, ALIGN_STEPS = 300, 60
+BASE_STEPS, ALIGN_STEPS = 300, 40
 KL_WEIGHTS = (0.0, 0.3, 1.0)
 SHOWN = 8
 

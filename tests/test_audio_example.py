@@ -39,11 +39,16 @@ def test_notes_are_spectrograms_of_one_pitch(example: dict[str, Any]) -> None:
     assert bool((loudest.amax(1) - loudest.amin(1) <= 1).all())
 
 
-def test_reward_is_minus_the_pitch(example: dict[str, Any]) -> None:
-    """A band is half a cycle in 16; a note between two bands scores between theirs."""
-    pitches = torch.tensor([2 / 32, 8 / 32, 8.5 / 32, 14 / 32])
-    scores = example["LowPitch"]()(example["record"](pitches), [""] * 4)
-    torch.testing.assert_close(scores, -pitches * 32 / 15, rtol=0, atol=0.02)
+def test_reward_is_the_share_of_low_bands(example: dict[str, Any]) -> None:
+    """A band is half a cycle in 16; a note at the border has half of its loudness below it."""
+    pitches = torch.tensor([2 / 32, 7.5 / 32, 14 / 32])
+    notes = example["record"](pitches)
+    scores = example["LowPitch"]()(notes, [""] * 3)
+    torch.testing.assert_close(scores, torch.tensor([1.0, 0.5, 0.0]), rtol=0, atol=0.03)
+    louder = notes.clone()
+    louder[2, 0, 0, 0] = 5.0  # in one of 16 frames, as loud as the loudest note at most
+    bounded = float(example["LowPitch"]()(louder, [""] * 3)[2])
+    assert 0 < bounded - float(scores[2]) < 1 / 16
 
 
 def test_rewards_of_sounds_and_of_pictures_are_kept_apart(
