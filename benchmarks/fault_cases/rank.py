@@ -1,6 +1,6 @@
 """`python -m fault_cases.rank ARGV`: `mmalign ARGV` on one of several processes, with a fault.
 
-The environment's FAULT says what happens on rank 1 in its fourth step.
+The environment's FAULT says what happens on rank 1 in its fourth step, or in a save of rank 0.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from fault_cases.rewards import HERE, SLEEP
 
 torch.set_num_threads(1)
 
@@ -38,6 +41,22 @@ def inject(fault: str) -> None:
     trainer.accumulate = broken
 
 
+def rest_in_save() -> None:
+    """Sleep in the middle of writing the second checkpoint, while there is a file `sleep`."""
+    from mmalign import checkpoint
+
+    original, calls = checkpoint._seal, [0]
+
+    def slow(path: Path) -> dict[str, int | str]:
+        calls[0] += 1
+        if calls[0] == 5 and SLEEP.exists():
+            HERE.touch()
+            time.sleep(float(SLEEP.read_text()))
+        return original(path)
+
+    checkpoint._seal = slow
+
+
 def happen(fault: str) -> None:
     """Raise, die, leave or hang."""
     if fault == "raise":
@@ -52,6 +71,9 @@ def happen(fault: str) -> None:
 if __name__ == "__main__":
     from mmalign.cli import main
 
-    if os.environ.get("FAULT") and os.environ.get("RANK") == "1":
-        inject(os.environ["FAULT"])
+    fault, rank = os.environ.get("FAULT"), os.environ.get("RANK")
+    if fault == "save" and rank == "0":
+        rest_in_save()
+    elif fault and fault != "save" and rank == "1":
+        inject(fault)
     sys.exit(main(sys.argv[1:]))

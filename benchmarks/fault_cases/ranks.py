@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import torch
 
 from .harness import REPOSITORY, Said, Tally, case, kill, mmalign, programs_of
 from .numbers import finite
+from .rewards import HERE, SLEEP
+from .stops import slow_evaluation, slow_reward
 from .toys import TOYS, difference, weights
 
 TWO = "2 processes"
@@ -145,6 +148,46 @@ for _method, _by in (
     case(3, f"training, {_method}{_name}, {TWO}", _expects, limit=600)(
         partial(terminated, _method, _by)
     )
+
+
+def terminated_in(
+    argv: Callable[[Path], list[str]], by: str, fault: str, folder: Path, tally: Tally
+) -> None:
+    """Send SIGTERM to the launcher while the processes are busy for eight seconds."""
+    from mmalign.checkpoint import latest_checkpoint
+
+    whole, output = folder / "whole", folder / "run"
+    said = two(argv(whole), by=by)
+    tally.point(said.code == 0, f"undisturbed: code {said.code}: {said.error}")
+    SLEEP.write_text("8")
+    run = Launched(argv(output), fault, by)
+    while not HERE.exists() and run.process.poll() is None:
+        time.sleep(0.005)
+    run.process.terminate()
+    started = time.monotonic()
+    said = run.wait(60)
+    seconds, left = time.monotonic() - started, run.orphans()
+    SLEEP.unlink()
+    path, expected = latest_checkpoint(output / "checkpoints"), 143 if by == "ddp" else 1
+    ok = said.code == expected and seconds < 30 and path is not None and not left
+    tally.point(ok, f"code {said.code} after {seconds:.0f} s, {path}, orphans {left}")
+    tally.answers.append(f"launcher ends with {said.code}, {path.name if path else None}")
+    said = two(argv(output), by=by)
+    problem = f"{said.code}: {said.error}" if said.code else difference(whole, output)
+    tally.point(not problem, f"resumed: {problem}")
+
+
+for _what, _argv, _by, _fault in (
+    ("a reward", partial(slow_reward, "d3po"), "ddp", ""),
+    ("evaluation during training", slow_evaluation, "ddp", ""),
+    ("a save", partial(TOYS.train, "mapo"), "torchrun", "save"),
+):
+    case(
+        3,
+        f"{_what} that takes eight seconds, {TWO}",
+        "finished, saved, no orphan, within 30 s; resumed bitwise",
+        limit=600,
+    )(partial(terminated_in, _argv, _by, _fault))
 
 
 @case(

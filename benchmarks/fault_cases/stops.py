@@ -165,17 +165,19 @@ def stop_in(argv: Callable[[Path], list[str]], folder: Path, tally: Tally) -> No
     compare(argv(output), whole, output, tally)
 
 
-def _slow_reward(method: str, output: Path) -> list[str]:
+def slow_reward(method: str, output: Path) -> list[str]:
+    """Give a run whose reward may sleep."""
     return TOYS.train(method, output, SLOW)
 
 
 for _method in ("d3po", "tailorpo"):
     case(3, f"a reward that takes two minutes, {_method}", EXPECTS)(
-        functools.partial(stop_in, functools.partial(_slow_reward, _method))
+        functools.partial(stop_in, functools.partial(slow_reward, _method))
     )
 
 
-def _slow_evaluation(output: Path) -> list[str]:
+def slow_evaluation(output: Path) -> list[str]:
+    """Give a run whose evaluation after each step may sleep."""
     evaluation = (f"--evaluation.prompts={TOYS.prompts}", "--evaluation.every_steps=1")
     images = ("--evaluation.images_per_prompt=1", SLOW_EVALUATION, "--save_steps=100")
     stopping = (
@@ -186,7 +188,7 @@ def _slow_evaluation(output: Path) -> list[str]:
 
 
 case(3, "evaluation during training that takes two minutes", EXPECTS)(
-    functools.partial(stop_in, _slow_evaluation)
+    functools.partial(stop_in, slow_evaluation)
 )
 
 
