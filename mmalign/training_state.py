@@ -120,9 +120,9 @@ class TrainingState:
             run: the process was killed before the first save.
 
         Raises:
-            InputError: the checkpoint is damaged or of another run, newer ones would be overtaken,
-                a fresh run would mix with the checkpoints of an earlier one, or processes see
-                different folders.
+            InputError: the checkpoint is damaged, of another run or beyond `max_steps`, newer ones
+                would be overtaken, a fresh run would mix with the checkpoints of an earlier one, or
+                processes see different folders.
         """
         step = together(self._resume)
         if len(set(gather(step))) > 1:
@@ -162,6 +162,9 @@ class TrainingState:
             raise DamagedCheckpointError(
                 f"{path}: its contents are not those of a run ({what})"
             ) from error
+        if checkpoint.step > self._config.max_steps:
+            have, limit = checkpoint.step, self._config.max_steps
+            raise InputError(f"{path}: has {have} steps already, more than max_steps: {limit}")
         self.last_step, self.last_path = checkpoint.step, path
         return checkpoint.step
 

@@ -378,6 +378,12 @@ def test_a_finished_run_resumes_to_its_weights_and_keeps_its_log(tmp_path: Path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == log
 
 
+def test_a_run_that_is_past_its_end_is_refused(tmp_path: Path) -> None:
+    Toy(make_config(tmp_path, max_steps=4)).trainer.train()
+    with pytest.raises(InputError, match="has 4 steps already, more than max_steps: 3"):
+        Toy(make_config(tmp_path, max_steps=3)).trainer.train()
+
+
 def test_update_equals_plain_torch(tmp_path: Path) -> None:
     """One accumulated, clipped AdamW step equals the same step written out."""
     config = make_config(
