@@ -7,10 +7,7 @@ from importlib.util import find_spec
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """Trackers that have an extra of their own in `pyproject.toml`."""
 
-NO_DEEPSPEED = (
-    "accelerate_config: DeepSpeed is not installed; pip install 'mmalign[deepspeed]', or use ddp or"
-    " fsdp2"
-)
+NO_DEEPSPEED = "accelerate_config: DeepSpeed is not installed; pip install 'mmalign[deepspeed]'"
 
 
 def is_installed(package: str) -> bool:
