@@ -49,9 +49,7 @@ def run(config: ScoreConfig) -> None:
     if is_shards(config.images):
         score_shards(config, configs)
         return
-    if not config.prompts:
-        raise InputError("prompts: is required, for a folder of images")
-    rows = list_images(Path(config.images).expanduser(), Path(config.prompts).expanduser())
+    rows = list_images(Path(config.images).expanduser(), _prompt_file(config))
     device = resolve_device("auto")
     rewards = cached_rewards(configs, config.cache, device)
     kept: list[NamedImage] = []
@@ -62,6 +60,7 @@ def run(config: ScoreConfig) -> None:
             for name, reward in rewards.items():
                 columns[name] += reward(images.to(device), prompts, names)
             kept += batch
+            bar.update(len(batch))
     if not kept:
         raise InputError(f"none of the {len(rows)} images in {config.images} can be read")
     texts = {
@@ -122,6 +121,16 @@ def _score_responses(config: ScoreConfig, configs: Sequence[RewardConfig]) -> No
     )
 
 
+def _prompt_file(config: ScoreConfig) -> Path:
+    """Find the prompts of a folder of images; what `mmalign generate` writes has its own."""
+    own = Path(config.images).expanduser() / "metadata.jsonl"
+    if config.prompts:
+        return Path(config.prompts).expanduser()
+    if not own.exists():
+        raise InputError("prompts: is required, for a folder of images without metadata.jsonl")
+    return own
+
+
 def _reward_configs(config: ScoreConfig) -> list[RewardConfig]:
     if not config.reward:
         raise InputError("no reward given: use --reward clip, or another name")
@@ -141,13 +150,13 @@ def _batches(
     batch: list[NamedImage] = []
     images: list[torch.Tensor] = []
     for row in rows:
-        bar.update()
         try:
             image = _read(row, config.max_pixels)
         except InputError as error:
             if config.on_bad_row == "stop":
                 raise
             logger.warning("skipped: %s", error)
+            bar.update()
             continue
         if batch and (len(batch) == config.batch_size or image.shape != images[0].shape):
             yield batch, torch.stack(images)
@@ -164,5 +173,9 @@ def _read(row: NamedImage, max_pixels: int) -> torch.Tensor:
 
 
 def _write(path: Path, columns: Mapping[str, Sequence[str] | Sequence[float]]) -> None:
+    if path.suffix == ".jsonl":
+        rows = zip(*columns.values(), strict=True)
+        write_jsonl(path, [dict(zip(columns, row, strict=True)) for row in rows])
+        return
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(dict(columns)), temporary)

@@ -129,11 +129,12 @@ class ScoreConfig:
             With `responses`, the folder that names of images are relative to; that of the file when
             omitted.
         prompts: prompt file of a folder of images: one line per image in sorted order, or .jsonl
-            with `file_name`, `prompt`.
+            with `file_name`, `prompt`; the folder's `metadata.jsonl` when omitted.
         responses: file of answers to score instead of images: .jsonl, .json or .parquet with
             `prompt`, `response` and `image`.
-        output: parquet file; with `responses` also .jsonl, which keeps the rows as they are and
-            adds `scores`; of shards a folder with one per shard, which a further run completes.
+        output: .parquet or .jsonl file, with a column per reward; with `responses` .jsonl keeps the
+            rows as they are and adds `scores`; of shards a folder with one per shard, which a
+            further run completes.
         cache: folder of scores by sample, shared with other runs and with `pairs build`.
         batch_size: samples scored at a time; halved where memory ends.
         options: keyword arguments per reward name.

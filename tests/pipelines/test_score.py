@@ -80,6 +80,24 @@ def test_jsonl_names_the_images(folder: Path) -> None:
     assert table(folder)["brightness"] == pytest.approx([1.0, 0.0])
 
 
+def test_a_folder_may_have_its_own_prompts(folder: Path) -> None:
+    written = name_jsonl(folder, {"file_name": "2.png", "prompt": "w"})
+    Path(written).rename(folder / "images" / "metadata.jsonl")
+    run(config(folder, prompts=None))
+    assert table(folder)["prompt"] == ["w"]
+    (folder / "images" / "metadata.jsonl").unlink()
+    with pytest.raises(InputError, match=r"prompts: is required, .* without metadata\.jsonl"):
+        run(config(folder, prompts=None))
+
+
+def test_scores_as_json_lines(folder: Path) -> None:
+    output = folder / "scores.jsonl"
+    run(config(folder, output=str(output)))
+    rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [list(row) for row in rows] == [["file_name", "prompt", "brightness"]] * 3
+    assert [row["brightness"] for row in rows] == pytest.approx([0.0, 0.2, 1.0], abs=1e-6)
+
+
 def test_options_reach_the_reward(folder: Path) -> None:
     run(config(folder, reward=["jpeg"], options={"jpeg": {"direction": "incompressibility"}}))
     assert min(table(folder)["jpeg"]) > 0
