@@ -135,6 +135,10 @@ def train_and_compare(
     """
     output = Path(config.output_dir)
     accelerator = make_accelerator(config, cpu=config.device == "cpu")
+    if sharding.requested() and not zero.requested():
+        raise InputError(
+            "accelerate_config: fsdp2 is for vision-language models; use ddp or deepspeed_zero3"
+        )
     judges = judge_rewards(config.evaluation, config.device)
     adapter = load_adapter(config, device=accelerator.device)
     if adapter.family not in families:
@@ -207,12 +211,8 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     """Attach what is trained and its reference, then hand the denoiser to accelerate.
 
     Raises:
-        InputError: options are unusable, or the launcher asks for weights divided by FSDP2.
+        InputError: options are unusable.
     """
-    if sharding.requested() and not zero.requested():
-        raise InputError(
-            "accelerate_config: fsdp2 is for vision-language models; use ddp or deepspeed_zero3"
-        )
     denoiser: Any = adapter.denoiser
     if config.lora.enabled:
         attach_lora(denoiser, config.lora, config.seed)

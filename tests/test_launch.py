@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -56,6 +57,18 @@ def test_what_all_processes_refuse_is_said_once() -> None:
     assert done.returncode == 2
     assert done.stderr == "error: pairs.path: no such file or folder: nowhere\n"
     assert done.stdout == ""
+
+
+def test_fsdp2_of_an_image_generator_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    command = [sys.executable, "-m", "mmalign", "train", "draft", "--accelerate_config", "fsdp2"]
+    command += ["--num_processes", "2", "--device=cpu", f"--output_dir={tmp_path / 'run'}"]
+    command += [f"--prompts={tmp_path / 'prompts.txt'}", '--rewards=[{"name": "brightness"}]']
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 2
+    refused = "fsdp2 is for vision-language models; use ddp or deepspeed_zero3"
+    assert done.stderr == f"error: accelerate_config: {refused}\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(is_installed("deepspeed"), reason="for those who have not got it")
