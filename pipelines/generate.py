@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from mmalign.adapters import load_adapter
+from mmalign.data.folders import METADATA
 from mmalign.data.images import save_png
 from mmalign.data.prompts import read_prompts
 from mmalign.pipelines._evaluation import resolve_device
@@ -39,7 +40,7 @@ def run(config: GenerateConfig) -> None:
     """
     pictures = plan_pictures(config)
     folder = Path(config.output)
-    metadata = folder / "metadata.jsonl"
+    metadata = folder / METADATA
     if metadata.exists():
         raise InputError(f"{folder}: already holds images; choose another --output")
     device = resolve_device(config.device)

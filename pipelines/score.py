@@ -6,7 +6,7 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mmalign.config import RewardConfig
 from mmalign.data.files import atomic_path, is_shards, write_jsonl
+from mmalign.data.folders import METADATA
 from mmalign.data.images import open_image
 from mmalign.data.listing import NamedImage, list_images
 from mmalign.pipelines._cached import cached_rewards, hits, saved
@@ -27,6 +28,7 @@ from mmalign.types import ImageRef, InputError
 if TYPE_CHECKING:
     from mmalign.config import ScoreConfig
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -98,10 +100,7 @@ def _score_responses(config: ScoreConfig, configs: Sequence[RewardConfig]) -> No
     with saved(rewards):
         columns = score_responses(answers.rows, rewards)
     if output.suffix == ".jsonl":
-        scores = [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ]
-        rows = zip(answers.rows, scores, strict=True)
+        rows = zip(answers.rows, _rows(columns), strict=True)
         try:
             write_jsonl(output, [{**answer.row, SCORES: score} for answer, score in rows])
         except (TypeError, ValueError) as error:  # such as images inside a parquet file
@@ -123,7 +122,7 @@ def _score_responses(config: ScoreConfig, configs: Sequence[RewardConfig]) -> No
 
 def _prompt_file(config: ScoreConfig) -> Path:
     """Find the prompts of a folder of images; what `mmalign generate` writes has its own."""
-    own = Path(config.images).expanduser() / "metadata.jsonl"
+    own = Path(config.images).expanduser() / METADATA
     if config.prompts:
         return Path(config.prompts).expanduser()
     if not own.exists():
@@ -172,10 +171,13 @@ def _read(row: NamedImage, max_pixels: int) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
+def _rows(columns: Mapping[str, Sequence[T]]) -> list[dict[str, T]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def _write(path: Path, columns: Mapping[str, Sequence[str] | Sequence[float]]) -> None:
     if path.suffix == ".jsonl":
-        rows = zip(*columns.values(), strict=True)
-        write_jsonl(path, [dict(zip(columns, row, strict=True)) for row in rows])
+        write_jsonl(path, _rows(columns))
         return
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(dict(columns)), temporary)
