@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -167,9 +168,10 @@ def names_in_answers(folder: Path, tally: Tally) -> None:
     tally.answers.append("line 1 refused by validate and in training")
 
 
+OUTSIDE = Path(tempfile.gettempdir()) / "a.chosen.png"
 MEMBERS: dict[str, Callable[[tarfile.TarInfo], None]] = {
     "parent": lambda info: setattr(info, "name", "../a.chosen.png"),
-    "absolute": lambda info: setattr(info, "name", "/tmp/a.chosen.png"),
+    "absolute": lambda info: setattr(info, "name", str(OUTSIDE)),
     "drive": lambda info: setattr(info, "name", "C:\\a.chosen.png"),
     "UNC": lambda info: setattr(info, "name", "\\\\host\\share\\a.chosen.png"),
     "symbolic link": lambda info: _link(info, tarfile.SYMTYPE),
@@ -212,7 +214,7 @@ def archive_members(folder: Path, tally: Tally) -> None:
         left = sorted(p.name for p in place.rglob("*"))
         ok = said.code == 2 and "Traceback" not in said.text and not opened
         ok = ok and left == ["pairs.tar", "secret.png", "shards"]
-        tally.point(ok and not Path("/tmp/a.chosen.png").exists(), f"{kind}: {said.error}, {left}")
+        tally.point(ok and not OUTSIDE.exists(), f"{kind}: {said.error}, {left}")
     with zipfile.ZipFile(folder / "pairs.zip", "w") as archive:
         archive.writestr("../a.chosen.png", png("red"))
     said = mmalign("pairs", "validate", str(folder / "pairs.zip"))
