@@ -42,7 +42,10 @@ def inject(fault: str) -> None:
 
 
 def rest_in_save() -> None:
-    """Sleep in the middle of writing the second checkpoint, while there is a file `sleep`."""
+    """Sleep in the middle of writing the second checkpoint, while there is a file `sleep`.
+
+    The file may say for how many seconds.
+    """
     from mmalign import checkpoint
 
     original, calls = checkpoint._seal, [0]
@@ -51,7 +54,7 @@ def rest_in_save() -> None:
         calls[0] += 1
         if calls[0] == 5 and SLEEP.exists():
             HERE.touch()
-            time.sleep(float(SLEEP.read_text()))
+            time.sleep(float(SLEEP.read_text() or 1))
         return original(path)
 
     checkpoint._seal = slow

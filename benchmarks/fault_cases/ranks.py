@@ -103,33 +103,43 @@ def _lines(output: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def _resumed(whole: Path, output: Path, method: str, tally: Tally, by: str = "torchrun") -> None:
+def _resumed(
+    whole: Path, output: Path, argv: list[str], tally: Tally, by: str = "torchrun"
+) -> None:
     """Count whether a run that was stopped ends bitwise as the whole one."""
-    said = two(TOYS.train(method, output), by=by)
+    said = two(argv, by=by)
     problem = f"{said.code}: {said.error}" if said.code else difference(whole, output)
     tally.point(not problem, f"resumed: {problem}")
 
 
-def terminated(method: str, by: str, folder: Path, tally: Tally) -> None:
-    """Send SIGTERM to the launcher in the middle; resume and compare with an undisturbed run."""
+def _told_to_stop(
+    run: Launched, output: Path, tally: Tally, ends: Callable[[int], bool], limit: int
+) -> None:
+    """Send SIGTERM to the launcher; count code, time, checkpoint and orphans as one point."""
     from mmalign.checkpoint import latest_checkpoint
 
-    whole, output = folder / "whole", folder / "run"
-    said = two(TOYS.train(method, whole), by=by)
-    tally.point(said.code == 0, f"undisturbed: code {said.code}: {said.error}")
-    run = Launched(TOYS.train(method, output), by=by)
-    run.reached(output, 3)
     run.process.terminate()
     started = time.monotonic()
     said = run.wait(60)
     seconds = time.monotonic() - started
     path, left = latest_checkpoint(output / "checkpoints"), run.orphans()
-    ours = by in ("ddp", "fsdp2")
-    ok = said.code == 143 if ours else said.code != 0
-    ok = ok and seconds < (30 if ours else 45) and path is not None and not left
+    ok = ends(said.code) and seconds < limit and path is not None and not left
     tally.point(ok, f"code {said.code} after {seconds:.0f} s, {path}, orphans {left}")
     tally.answers.append(f"launcher ends with {said.code}, {path.name if path else None}")
-    _resumed(whole, output, method, tally, by)
+
+
+def terminated(method: str, by: str, folder: Path, tally: Tally) -> None:
+    """Send SIGTERM to the launcher in the middle; resume and compare with an undisturbed run."""
+    whole, output = folder / "whole", folder / "run"
+    said = two(TOYS.train(method, whole), by=by)
+    tally.point(said.code == 0, f"undisturbed: code {said.code}: {said.error}")
+    run = Launched(TOYS.train(method, output), by=by)
+    run.reached(output, 3)
+    if by in ("ddp", "fsdp2"):
+        _told_to_stop(run, output, tally, lambda code: code == 143, 30)
+    else:
+        _told_to_stop(run, output, tally, lambda code: code != 0, 45)
+    _resumed(whole, output, TOYS.train(method, output), tally, by)
 
 
 for _method, _by in (
@@ -154,8 +164,6 @@ def terminated_in(
     argv: Callable[[Path], list[str]], by: str, fault: str, folder: Path, tally: Tally
 ) -> None:
     """Send SIGTERM to the launcher while the processes are busy for eight seconds."""
-    from mmalign.checkpoint import latest_checkpoint
-
     whole, output = folder / "whole", folder / "run"
     said = two(argv(whole), by=by)
     tally.point(said.code == 0, f"undisturbed: code {said.code}: {said.error}")
@@ -163,18 +171,10 @@ def terminated_in(
     run = Launched(argv(output), fault, by)
     while not HERE.exists() and run.process.poll() is None:
         time.sleep(0.005)
-    run.process.terminate()
-    started = time.monotonic()
-    said = run.wait(60)
-    seconds, left = time.monotonic() - started, run.orphans()
+    expected = 143 if by == "ddp" else 1
+    _told_to_stop(run, output, tally, lambda code: code == expected, 30)
     SLEEP.unlink()
-    path, expected = latest_checkpoint(output / "checkpoints"), 143 if by == "ddp" else 1
-    ok = said.code == expected and seconds < 30 and path is not None and not left
-    tally.point(ok, f"code {said.code} after {seconds:.0f} s, {path}, orphans {left}")
-    tally.answers.append(f"launcher ends with {said.code}, {path.name if path else None}")
-    said = two(argv(output), by=by)
-    problem = f"{said.code}: {said.error}" if said.code else difference(whole, output)
-    tally.point(not problem, f"resumed: {problem}")
+    _resumed(whole, output, argv(output), tally, by)
 
 
 for _what, _argv, _by, _fault in (
@@ -213,7 +213,7 @@ def too_long(folder: Path, tally: Tally) -> None:
     ok = ok and path is not None and path.name == "checkpoint-2"
     tally.point(ok, f"code {said.code}, {path}, orphans {left}")
     tally.answers.append(f"launcher ends with {said.code}, {path.name if path else None}")
-    _resumed(whole, output, "diffusion-dpo", tally)
+    _resumed(whole, output, TOYS.train("diffusion-dpo", output), tally)
 
 
 @case(
@@ -327,7 +327,7 @@ def killed(folder: Path, tally: Tally) -> None:
         run = Launched(TOYS.train("diffusion-dpo", output))
         run.reached(output, line)
         run.kill()
-        _resumed(whole, output, "diffusion-dpo", tally)
+        _resumed(whole, output, TOYS.train("diffusion-dpo", output), tally)
         shutil.rmtree(output)
     tally.answers.append("bitwise the same log and weights")
 

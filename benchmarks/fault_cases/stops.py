@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .harness import Command, Said, Tally, case, mmalign
+from .rank import rest_in_save
 from .rewards import HERE, SLEEP
 from .toys import TOYS, difference
 
@@ -269,21 +270,10 @@ def stop_in_sampling(folder: Path, tally: Tally) -> None:
 @case(3, "inside a save", EXPECTS)
 def stop_in_save(folder: Path, tally: Tally) -> None:
     """Terminate in the middle of writing the second checkpoint."""
-    import mmalign.checkpoint as module
-
     whole, output = folder / "whole", folder / "run"
     argv = TOYS.train("mapo", output)
     mmalign(*TOYS.train("mapo", whole))
-    original, calls = module._seal, [0]
-
-    def slow(path: Path) -> dict[str, int | str]:
-        calls[0] += 1
-        if calls[0] == 5 and SLEEP.exists():
-            HERE.touch()
-            time.sleep(1)
-        return original(path)
-
-    module._seal = slow
+    rest_in_save()
     SLEEP.touch()
     terminate(argv, output, HERE.exists, tally)
     SLEEP.unlink()
