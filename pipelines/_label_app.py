@@ -37,9 +37,12 @@ from mmalign.data.files import check_inside
 from mmalign.data.images import decode, image_suffix
 from mmalign.data.labels import Labels, LabelsUnavailableError, Shown, UnknownPairError, check_name
 from mmalign.data.schema import RowError, content_hash
+from mmalign.pipelines._lingering import Lingering
 from mmalign.types import ImageRef, InputError
 
 MAX_BODY = 4096
+BODY_SECONDS = 60.0
+"""How long a request that is refused may still take to arrive."""
 PRELOADED = 3
 MARK = "x-mmalign"
 """A header that a form or link of another site cannot send."""
@@ -102,7 +105,7 @@ def make_app(
             InputError: partial(_problem, 400),
         },
     )
-    return Guard(app, token=token, local_only=local_only)
+    return Lingering(Guard(app, token=token, local_only=local_only), BODY_SECONDS)
 
 
 def is_loopback(host: str) -> bool:

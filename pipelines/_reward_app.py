@@ -32,10 +32,13 @@ from torch import Tensor
 from mmalign.data.images import check_header, decode, to_tensor
 from mmalign.data.schema import RowError
 from mmalign.pipelines._label_app import is_loopback
+from mmalign.pipelines._lingering import Lingering
 from mmalign.scoring import BatchedReward, ScorerError
 from mmalign.types import ImageRef, InputError, Response
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from mmalign.config import ServeRewardConfig
     from mmalign.types import Reward, TextReward
 
@@ -74,7 +77,7 @@ def make_app(
     token: str | None,
     local_only: bool,
     device: str,
-) -> Starlette:
+) -> ASGIApp:
     """Make the application; `POST /` scores, `GET /health` says how it is.
 
     Args:
@@ -95,7 +98,7 @@ def make_app(
         finally:
             worker.cancel()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", server.score, methods=["POST"]),
             Route("/health", server.health),
@@ -103,6 +106,7 @@ def make_app(
         exception_handlers={HTTPException: _refusal},
         lifespan=lifespan,
     )
+    return Lingering(app, BODY_SECONDS)
 
 
 class _Server:
@@ -141,11 +145,10 @@ class _Server:
         self._check(request)
         if self.counts.waiting >= self.config.queue:
             self.counts.refused += 1
-            await self._read(request, keep=False)  # a closed connection would hide the answer
             raise _busy()
         self.counts.waiting += 1
         try:
-            body = await self._read(request, keep=True)
+            body = await self._read(request)
             samples, prompts = await run_in_threadpool(_parse, body, self.reward, self.config)
             del body
             future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
@@ -230,9 +233,8 @@ class _Server:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise HTTPException(415, "the request must be application/json")
 
-    async def _read(self, request: Request, *, keep: bool) -> bytearray:
-        """Read the body, or only let it pass."""
-        most, body, size = self.config.max_body_mib * MIB, bytearray(), 0
+    async def _read(self, request: Request) -> bytearray:
+        most, body = self.config.max_body_mib * MIB, bytearray()
         too_large = HTTPException(413, f"the request has more than {most} bytes")
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > most:
@@ -240,11 +242,9 @@ class _Server:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
-                    size += len(part)
-                    if size > most:
+                    body += part
+                    if len(body) > most:
                         raise too_large
-                    if keep:
-                        body += part
         except (TimeoutError, ClientDisconnect) as error:
             raise HTTPException(408, f"the request was not here in {BODY_SECONDS:g} s") from error
         return body

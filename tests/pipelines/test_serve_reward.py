@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -284,16 +286,59 @@ def test_bad_requests_of_answers(body: dict[str, Any], message: str) -> None:
     assert (code, message in content["error"]) == (422, True), content
 
 
+@contextmanager
+def sending(url: str, length: int, **headers: str) -> Iterator[socket.socket]:
+    """Connect, and send the head of a request with other headers than a good one's."""
+    host, port = url.split("/")[2].split(":")
+    lines = {"Host": host, "Content-Type": "application/json", "Content-Length": str(length)}
+    lines.update({k.replace("_", "-"): v for k, v in headers.items()}, Connection="close")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        connection.sendall(f"POST / HTTP/1.1\r\n{head}\r\n".encode())
+        yield connection
+
+
+@pytest.mark.parametrize("seconds", [0.2, 60.0])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "Bearer secret"}, 413),
+        ({"Authorization": "Bearer secret", "Content_Type": "text/plain"}, 415),
+        ({"Host": "example.org"}, 403),
+        ({}, 401),
+    ],
+)
+def test_a_refusal_reaches_who_is_still_sending(
+    headers: dict[str, str], status: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection closed early would be reset, and hide the answer; but none is held for ever."""
+    monkeypatch.setattr(_reward_app, "BODY_SECONDS", seconds)
+    body = b"x" * (2 * 2**20)
+    with (
+        served(Gate(), token="secret", max_body_mib=1) as url,
+        sending(url, len(body), **headers) as connection,
+    ):
+        connection.sendall(body[:1000])
+        if seconds == 60:
+            readable, _, _ = select.select([connection], [], [], 0.3)
+            assert not readable
+            connection.sendall(body[1000:])
+        assert connection.recv(1000).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_who_asks_whether_to_send_is_told_no_at_once() -> None:
+    with (
+        served(Gate(), max_body_mib=1) as url,
+        sending(url, 2 * 2**20, Expect="100-continue") as connection,
+    ):
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_body_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_reward_app, "BODY_SECONDS", 0.2)
-    import socket
-
-    with served(Gate()) as url:
-        host, port = url.split("/")[2].split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as connection:
-            head = f"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            connection.sendall((head + "Content-Length: 100\r\n\r\n{").encode())
-            assert b" 408 " in connection.recv(1000)
+    with served(Gate()) as url, sending(url, 100) as connection:
+        connection.sendall(b"{")
+        assert b" 408 " in connection.recv(1000)
 
 
 def test_who_has_no_token_learns_nothing() -> None:
