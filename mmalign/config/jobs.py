@@ -125,7 +125,8 @@ class ScoreConfig:
     Attributes:
         reward: reward names, repeated for several.
         images: folder of images, or shards: a folder of .tar files, `folder/*.tar`, or
-            `folder/{000..010}.tar`, in which `KEY.png` has its prompt in `KEY.txt` or `KEY.json`.
+            `folder/{train,val}-{000..010}.tar`, in which `KEY.png` has its prompt in `KEY.txt` or
+            `KEY.json`.
             With `responses`, the folder that names of images are relative to; that of the file when
             omitted.
         prompts: prompt file of a folder of images: one line per image in sorted order, or .jsonl

@@ -145,17 +145,17 @@ def list_shards(images: str) -> list[Path]:
 
 
 def matching_files(pattern: Path) -> list[Path]:
-    """List the files of a pattern such as `train-*.tar` or `{000..010}.tar`, sorted.
+    """List the files of a pattern, sorted: `train-*.tar`, `{000..010}.tar`, `{train,val}.tar`.
 
     Raises:
-        InputError: if one number of a range has no file, or a match is a link out of the pattern's
-            folder.
+        InputError: if one number or name in braces has no file, or a match is a link out of the
+            pattern's folder.
     """
-    patterns = _ranges(str(pattern))
+    patterns = _braces(str(pattern))
     matches = [glob.glob(text) for text in patterns]
     if len(patterns) > 1 and not all(matches):
         raise InputError(f"no file matches {patterns[matches.index([])]}")
-    found = sorted(Path(name) for names in matches for name in names)
+    found = sorted({Path(name) for names in matches for name in names})
     for path in found:
         try:
             check_inside(path.parent, path)
@@ -238,14 +238,18 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _ranges(pattern: str) -> list[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+def _braces(pattern: str) -> list[str]:
+    """Write out `{000..010}` and `{train,val}`, as shells and webdataset do; `{a}` stays."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
-    width = len(match[1])
-    numbers = range(int(match[1]), int(match[2]) + 1)
-    return [text for n in numbers for text in _ranges(f"{before}{n:0{width}d}{after}")]
+    first, last, names = match.groups()
+    if names is not None:
+        words = names.split(",")
+    else:
+        words = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    return [text for word in words for text in _braces(f"{before}{word}{after}")]
 
 
 def _parse(line: bytes) -> dict[str, Any] | RowError:

@@ -9,6 +9,7 @@ import pytest
 from mmalign.data.files import (
     atomic_path,
     clear_leftovers,
+    matching_files,
     read_jsonl,
     read_text,
     resolve_inside,
@@ -171,3 +172,26 @@ def test_read_only_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "mkdir", denied)  # a mode would not stop root
     with pytest.raises(InputError, match=r"cannot write .*a\.bin: Permission denied"):
         write_bytes(tmp_path / "folder" / "a.bin", b"new")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("train-{08..10}.tar", ["train-08", "train-09", "train-10"]),
+        ("{train,val}-08.tar", ["train-08", "val-08"]),
+        ("{train,val}-{08..09}.tar", ["train-08", "train-09", "val-08", "val-09"]),
+        ("{*,train}-08.tar", ["train-08", "val-08"]),
+        ("{train}-*.tar", []),
+        ("train-{09..08}.tar", []),
+    ],
+)
+def test_braces_are_written_out(pattern: str, names: list[str], tmp_path: Path) -> None:
+    for name in ("train-08", "train-09", "train-10", "val-08", "val-09"):
+        (tmp_path / f"{name}.tar").touch()
+    assert [path.stem for path in matching_files(tmp_path / pattern)] == names
+
+
+def test_a_name_in_braces_without_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.tar").touch()
+    with pytest.raises(InputError, match=r"no file matches .*val\.tar"):
+        matching_files(tmp_path / "{train,val}.tar")
