@@ -25,7 +25,6 @@ from typing import Any, cast
 import diffusers
 import peft
 import torch
-from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 
 from mmalign.config import LoraConfig, as_path
 from mmalign.randomness import keyed_generator
+from mmalign.sharding import unwrapped
 from mmalign.types import InputError
 
 ADAPTER_NAME = "default"
@@ -132,7 +132,7 @@ def save_lora(denoiser: nn.Module, folder: Path | str) -> Path:
     Raises:
         InputError: the folder cannot be written.
     """
-    unet: Any = extract_model_from_parallel(denoiser)
+    unet: Any = unwrapped(denoiser)
     settings = unet.peft_config[ADAPTER_NAME].to_dict()
     kept = {name: settings[name] for name in (*_NUMBERS, *_PATTERNS, *_SWITCHES)}
     tensors = {

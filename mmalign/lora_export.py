@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import fuse_text_encoder_lora
 from diffusers.utils import convert_state_dict_to_kohya
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from mmalign.data.files import write_bytes
 from mmalign.lora import ADAPTER_NAME, LoraFile, read_lora
+from mmalign.sharding import unwrapped
 from mmalign.types import InputError
 
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -73,7 +73,7 @@ def export_merged(adapter: MergeableAdapter, folder: Path | str) -> None:
     Raises:
         InputError: the folder cannot be written.
     """
-    unet = _merged(extract_model_from_parallel(adapter.denoiser))
+    unet = _merged(unwrapped(adapter.denoiser))
     pipeline: Any = adapter.complete_pipeline(unet)
     current: Any = adapter.pipeline
     for name in _TEXT_ENCODERS:

@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmalign.config import LoraConfig, ReferenceConfig
+from mmalign.sharding import unwrapped
 from mmalign.types import ImageAdapter, InputError, VlmAdapter
 
 POLICY_NAME = "default"
@@ -185,7 +185,7 @@ def make_reference(
     if config.reference_update_steps < 1:
         steps = config.reference_update_steps
         raise InputError(f"reference_update_steps: must be at least 1, got {steps}")
-    network = extract_model_from_parallel(getattr(adapter, attribute))
+    network = unwrapped(getattr(adapter, attribute))
     if not lora.enabled:
         return _CopyReference(adapter, attribute, network, config)
     carriers = [m for m in network.modules() if POLICY_NAME in getattr(m, "peft_config", {})]

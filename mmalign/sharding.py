@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mmalign import zero
 from mmalign.processes import world_size
@@ -60,6 +61,17 @@ def place_rest(model: nn.Module, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor) and not zero.is_divided(tensor):
             tensor.data = tensor.data.to(device)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Take the network out of what averages its gradients among processes or devices.
+
+    Accelerate's function of this kind imports DeepSpeed wherever it is installed, which takes
+    seconds and prints to standard output.
+    """
+    wrappers = (DistributedDataParallel, nn.DataParallel)
+    inner: nn.Module = module.module if isinstance(module, wrappers) else module
+    return inner
 
 
 def full(value: Tensor) -> Tensor:

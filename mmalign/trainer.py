@@ -29,6 +29,7 @@ from mmalign.monitor import Monitor
 from mmalign.optimizer import make_optimizer, skip_update, update
 from mmalign.processes import gather
 from mmalign.randomness import derive_seed
+from mmalign.sharding import unwrapped
 from mmalign.training_state import Stateful, TrainingState
 from mmalign.types import InputError, StepOutput
 
@@ -106,7 +107,7 @@ class Trainer:
         """
         if accelerator.prepare_model(module) is not module:
             raise ValueError("pass the module that accelerator.prepare_model returned")
-        named = accelerator.unwrap_model(module).named_parameters()
+        named = unwrapped(module).named_parameters()
         parameters = {name: value for name, value in named if value.requires_grad}
         if not parameters:
             raise ValueError("the module has no trainable parameter")

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import peft
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from mmalign.config import VlmLoraConfig, as_path
 from mmalign.lora import ADAPTER_NAME, attach_lora, scratch_folder
 from mmalign.processes import is_main
-from mmalign.sharding import full
+from mmalign.sharding import full, unwrapped
 from mmalign.types import InputError
 
 LANGUAGE_MODEL = "model.language_model"
@@ -85,7 +84,7 @@ def save_vlm_lora(model: nn.Module, folder: Path | str, base: str) -> Path:
     Raises:
         InputError: the folder cannot be written.
     """
-    bare: Any = extract_model_from_parallel(model)
+    bare: Any = unwrapped(model)
     state = get_peft_model_state_dict(bare, adapter_name=ADAPTER_NAME)
     tensors = {f"{_PREFIX}{n}": full(t.detach()).cpu().contiguous() for n, t in state.items()}
     if not is_main():

@@ -46,6 +46,7 @@ from mmalign.pipelines._meter import CostMeter
 from mmalign.processes import from_main
 from mmalign.reference import Reference, make_reference
 from mmalign.report import RunSummary
+from mmalign.sharding import unwrapped
 from mmalign.trainer import Trainer
 from mmalign.training_state import Stateful
 from mmalign.types import ImageAdapter, InputError, StepOutput
@@ -176,7 +177,7 @@ def train_and_compare(
         curve.averaged = trainer.averaged_weights
     with closing(curve), job.run.meter.running():
         result = trainer.train()
-    adapter.denoiser = accelerator.unwrap_model(adapter.denoiser)
+    adapter.denoiser = unwrapped(adapter.denoiser)
     with curve.final_weights():
         from_main(lambda: _save(config, adapter, output))
         after = sample_side(adapter, config.evaluation, config.sampling, "sample aligned")
@@ -230,7 +231,7 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     meter = CostMeter()
     meter.watch(denoiser)
     with reference.active():  # after full fine-tuning's deep copy, a network of its own
-        meter.watch(accelerator.unwrap_model(adapter.denoiser))
+        meter.watch(unwrapped(adapter.denoiser))
     state: dict[str, Stateful] = {"meter": meter}
     if config.reference_update != "never":
         state["reference"] = reference

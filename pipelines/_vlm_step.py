@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
 from mmalign.adapters._branches import output_head
@@ -22,6 +21,7 @@ from mmalign.pipelines._vlm_rows import Group, RowMaker, Sample
 from mmalign.processes import largest
 from mmalign.reference import Reference
 from mmalign.sequence import TokenLogps, changed_tokens, head_kl
+from mmalign.sharding import unwrapped
 from mmalign.types import Scored, StepOutput
 
 
@@ -198,11 +198,11 @@ class VlmStep:
         return {row: torch.stack(values) for row, values in found.items()}
 
     def _head_weight(self) -> Tensor:
-        scorer: Any = extract_model_from_parallel(self._adapter.policy)
+        scorer: Any = unwrapped(self._adapter.policy)
         return output_head(scorer.model).weight
 
     def _embeddings(self, batch: VlmBatch, row: Row) -> Hidden:
-        scorer: Any = extract_model_from_parallel(self._adapter.policy)
+        scorer: Any = unwrapped(self._adapter.policy)
         groups = [self._maker.groups(sample, [row])[0] for sample in batch.samples]
         rows = [answers[0] for answers in scorer.embed([group.branches for group in groups])]
         mask = [torch.ones(len(states), dtype=torch.bool, device=states.device) for states in rows]

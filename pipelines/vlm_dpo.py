@@ -36,7 +36,7 @@ from mmalign.pipelines._vlm_trial import load_trial
 from mmalign.processes import from_main, is_main, together
 from mmalign.reference import make_reference
 from mmalign.report import RunSummary
-from mmalign.sharding import full
+from mmalign.sharding import full, unwrapped
 from mmalign.trainer import Trainer
 from mmalign.training_state import Stateful
 from mmalign.types import Branches, InputError
@@ -83,7 +83,7 @@ def run(config: VlmDpoConfig, *, started: float | None = None) -> RunSummary:
     with job.meter.running():
         together(job.fill_reference)
         result = trainer.train()
-    adapter.policy = accelerator.unwrap_model(adapter.policy)
+    adapter.policy = unwrapped(adapter.policy)
     with ExitStack() as stack:
         if trainer.ema is not None:
             stack.enter_context(trainer.averaged_weights())
@@ -254,7 +254,7 @@ class _Job:
                 yield VlmBatch(tuple(self._pairs[s.number].pair_id for s in samples), samples)
 
     def _own_answer(self, branches: Branches) -> torch.Tensor:
-        scorer: Any = self._accelerator.unwrap_model(self._adapter.policy)
+        scorer: Any = unwrapped(self._adapter.policy)
         tokens: torch.Tensor = scorer.likeliest([branches])[0][0]
         return tokens.cpu()
 

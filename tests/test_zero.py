@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,24 @@ def test_what_the_configuration_may_not_ask_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
     with pytest.raises(InputError, match="offload_param_device must be none"):
         zero.check()
+
+
+RUN = """
+import sys
+from mmalign.cli import main
+print(main(sys.argv[1:]), "deepspeed" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(not is_installed("deepspeed"), reason="deepspeed is not installed")
+def test_a_run_that_does_not_ask_for_it_does_not_import_it(tmp_path: Path) -> None:
+    """It takes seconds, and says on standard output that it found no GPU."""
+    options = "--max_steps 1 --evaluation.num_prompts 1 --evaluation.images_per_prompt 1"
+    command = f"train draft --config shapes_draft --per_device_train_batch_size 1 {options}"
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *command.split(), "--output_dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "0 False", done.stdout

@@ -19,7 +19,6 @@ import diffusers
 import torch
 import transformers
 import xxhash
-from accelerate.utils import extract_model_from_parallel
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from mmalign.adapters._folder import first_line
 from mmalign.adapters._source import ModelSource
 from mmalign.config import SamplingConfig
 from mmalign.diffusion import PredictionType, add_noise
+from mmalign.sharding import unwrapped
 from mmalign.types import Condition, InputError, LatentMoments
 
 
@@ -87,7 +87,7 @@ class DiffusersAdapter(DdimSteps, ABC):
     @property
     def pipeline(self) -> DiffusionPipeline:
         """The upstream pipeline around the current denoiser; loads released encoders again."""
-        unet = extract_model_from_parallel(self.denoiser)
+        unet = unwrapped(self.denoiser)
         if self._released:
             fresh = from_pretrained(
                 self.pipeline_class,
@@ -143,7 +143,7 @@ class DiffusersAdapter(DdimSteps, ABC):
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return (C, h, w) of the latents of an image; the model's own size when omitted."""
-        config = cast(Any, extract_model_from_parallel(self.denoiser)).config
+        config = cast(Any, unwrapped(self.denoiser)).config
         factor = self.pixels_per_latent
         rows, columns = (side // factor if side else config.sample_size for side in (height, width))
         return config.in_channels, rows, columns
