@@ -8,7 +8,6 @@ import os
 # when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import importlib.util
 import string
 import sys
 from collections.abc import Callable
@@ -33,20 +32,11 @@ from transformers import (
     CLIPTokenizer,
 )
 
+# Tests are not a package: what several of them share is imported by its own name.
+sys.path.append(str(Path(__file__).parent / "support"))
+pytest.register_assert_rewrite("reward_zoo")
 
-def _load(name: str) -> Any:
-    """Load a module that tests share by its file: tests are not a package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-vlm_models = _load("vlm_models")
-_load("two_processes")
+import vlm_models
 
 # Some tests fork, and a child of a process whose OpenMP threads have started hangs in its first
 # parallel operation. One thread is also the fastest for models this small.
