@@ -38,6 +38,8 @@ pytest.register_assert_rewrite("reward_zoo")
 
 import vlm_models
 
+from mmalign import endpoint
+
 # Some tests fork, and a child of a process whose OpenMP threads have started hangs in its first
 # parallel operation. One thread is also the fastest for models this small.
 torch.set_num_threads(1)
@@ -59,6 +61,12 @@ def alphas() -> torch.Tensor:
     """Alpha-bar of Stable Diffusion's schedule, (1000,) float64."""
     roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
     return (1 - roots.square()).cumprod(0)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let requests to servers be tried again at once."""
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.0)
 
 
 def make_tokenizer() -> CLIPTokenizer:
