@@ -10,12 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -67,6 +68,13 @@ def alphas() -> torch.Tensor:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let requests to servers be tried again at once."""
     monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.0)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Leave no state of Accelerate, which is global, to the tests that follow."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_tokenizer() -> CLIPTokenizer:
