@@ -1,10 +1,11 @@
-"""Pictures to label."""
+"""Pictures to label, files of benchmarks, and configurations on pictures without models."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from benchmark_files import save_files
 from PIL import Image
 
 from mmalign.data.files import write_jsonl
@@ -25,3 +26,10 @@ def folder(tmp_path: Path) -> Path:
             rows.append({"file_name": name, "prompt": prompt})
     write_jsonl(pictures / "metadata.jsonl", rows)
     return pictures
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Path:
+    """The working directory, with answers and labels of every hallucination benchmark."""
+    monkeypatch.chdir(tmp_path)
+    return save_files(tmp_path)
