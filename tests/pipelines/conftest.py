@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fake_candidates
 import pytest
 from benchmark_files import save_files
 from PIL import Image
 
+from mmalign.config import PairsBuildConfig
 from mmalign.data.files import write_jsonl
 
 PROMPTS = ["red", "a red", "red <b>&amp;</b>"]
@@ -33,3 +35,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> P
     """The working directory, with answers and labels of every hallucination benchmark."""
     monkeypatch.chdir(tmp_path)
     return save_files(tmp_path)
+
+
+@pytest.fixture
+def building(tmp_path: Path) -> PairsBuildConfig:
+    """Three pictures of each prompt, to be sampled for pairs."""
+    return fake_candidates.configure(tmp_path)
