@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import compared_models
 import fake_candidates
 import pytest
 from benchmark_files import save_files
 from PIL import Image
 
-from mmalign.config import PairsBuildConfig
+from mmalign.config import EvaluateImageConfig, PairsBuildConfig
 from mmalign.data.files import write_jsonl
 
 PROMPTS = ["red", "a red", "red <b>&amp;</b>"]
@@ -41,3 +42,17 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> P
 def building(tmp_path: Path) -> PairsBuildConfig:
     """Three pictures of each prompt, to be sampled for pairs."""
     return fake_candidates.configure(tmp_path)
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateImageConfig:
+    """A model before and after an adapter that makes its pictures brighter."""
+    return compared_models.configure(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def several(comparison: EvaluateImageConfig, tmp_path: Path) -> EvaluateImageConfig:
+    """Base, two adapters of different strength, and a folder of dark pictures."""
+    comparison.adapter = None
+    comparison.subjects = compared_models.list_several(tmp_path)
+    return comparison
