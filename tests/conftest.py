@@ -39,7 +39,7 @@ pytest.register_assert_rewrite("benchmark_files", "reward_zoo")
 
 import vlm_models
 
-from mmalign import endpoint
+from mmalign import cli, endpoint
 
 # Some tests fork, and a child of a process whose OpenMP threads have started hangs in its first
 # parallel operation. One thread is also the fastest for models this small.
@@ -75,6 +75,21 @@ def fresh_accelerate() -> Iterator[None]:
     """Leave no state of Accelerate, which is global, to the tests that follow."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with exit code 2 and one line on stderr; returns that line."""
+
+    def run(*argv: str) -> str:
+        assert cli.main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
 
 
 def make_tokenizer() -> CLIPTokenizer:
