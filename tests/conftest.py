@@ -235,3 +235,14 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[name]
 
     return build
+
+
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_lcm"])
+def image_family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def image_model(image_family: str, request: pytest.FixtureRequest) -> Path:
+    """The tiny checkpoint of each family in turn."""
+    return Path(request.getfixturevalue(image_family))
