@@ -35,7 +35,7 @@ from transformers import (
 
 # Tests are not a package: what several of them share is imported by its own name.
 sys.path.append(str(Path(__file__).parent / "support"))
-pytest.register_assert_rewrite("benchmark_files", "reward_zoo")
+pytest.register_assert_rewrite("benchmark_files", "reward_zoo", "shared_jobs")
 
 import vlm_models
 

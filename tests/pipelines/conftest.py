@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import compared_models
@@ -9,6 +11,8 @@ import fake_candidates
 import pytest
 from benchmark_files import save_files
 from PIL import Image
+from shared_jobs import LAUNCHED, World, run, runs_here, save_data
+from two_processes import in_two
 
 from mmalign.config import EvaluateImageConfig, PairsBuildConfig
 from mmalign.data.files import write_jsonl
@@ -56,3 +60,40 @@ def several(comparison: EvaluateImageConfig, tmp_path: Path) -> EvaluateImageCon
     comparison.adapter = None
     comparison.subjects = compared_models.list_several(tmp_path)
     return comparison
+
+
+@pytest.fixture(scope="module")
+def world(
+    tiny_sd: Path,
+    tiny_lcm: Path,
+    vlm: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:
+    """Pairs of noise pictures with scores, answers about them, and prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    save_data(folder)
+    return World(folder, tiny_sd, tiny_lcm, vlm("llava"))
+
+
+@pytest.fixture(scope="module")
+def two(world: World, request: pytest.FixtureRequest) -> Path:
+    """The file's `NAMES`, or those that a selected test looks at, by two processes started once."""
+    folder = world.folder / "two"
+    here = [item for item in request.session.items if item.path == request.path]
+    chosen = [getattr(item, "callspec", None) for item in here]
+    named = {call.params["name"] for call in chosen if call is not None}
+    names = [
+        name
+        for name in request.module.NAMES
+        if (None in chosen or name in named) and runs_here(name)
+    ]
+
+    def everything() -> None:
+        for name in names:
+            for variable, part in LAUNCHED.items():
+                os.environ[variable] = str(part in name).lower()
+            run(name, world, folder / name, 2)
+
+    ended = in_two(everything, folder, timeout=200)
+    assert ended.codes == [0, 0], "\n".join(text[-2000:] for text in ended.output)
+    return folder
