@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in diffusers' real folder format."""
+"""Tiny random checkpoints in diffusers' real folder format, and what many tests share."""
 
 from __future__ import annotations
 
