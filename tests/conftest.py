@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in diffusers' real folder format."""
+"""Tiny random checkpoints in diffusers' real folder format, and what many tests share."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 # when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import importlib.util
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -33,20 +33,13 @@ from transformers import (
     CLIPTokenizer,
 )
 
+# Tests are not a package: what several of them share is imported by its own name.
+sys.path.append(str(Path(__file__).parent / "support"))
+pytest.register_assert_rewrite("benchmark_files", "reward_zoo", "shared_jobs")
 
-def _load(name: str) -> Any:
-    """Load a module that tests share by its file: tests are not a package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+import vlm_models
 
-
-vlm_models = _load("vlm_models")
-_load("two_processes")
+from mmalign import cli, endpoint
 
 # Some tests fork, and a child of a process whose OpenMP threads have started hangs in its first
 # parallel operation. One thread is also the fastest for models this small.
@@ -69,6 +62,34 @@ def alphas() -> torch.Tensor:
     """Alpha-bar of Stable Diffusion's schedule, (1000,) float64."""
     roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
     return (1 - roots.square()).cumprod(0)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let requests to servers be tried again at once."""
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.0)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Leave no state of Accelerate, which is global, to the tests that follow."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with exit code 2 and one line on stderr; returns that line."""
+
+    def run(*argv: str) -> str:
+        assert cli.main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -214,3 +235,14 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[name]
 
     return build
+
+
+@pytest.fixture(params=["tiny_sd", "tiny_sdxl", "tiny_lcm"])
+def image_family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def image_model(image_family: str, request: pytest.FixtureRequest) -> Path:
+    """The tiny checkpoint of each family in turn."""
+    return Path(request.getfixturevalue(image_family))

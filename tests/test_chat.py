@@ -7,75 +7,29 @@ import json
 import math
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from json_server import json_server, says, text_of
 from PIL import Image
 
-from mmalign import endpoint
 from mmalign.chat import ChatEndpoint
 from mmalign.config import EndpointConfig, GenerationConfig
 from mmalign.endpoint import EndpointError
 from mmalign.types import ImageRef, InputError, Question
 
-Answer = Callable[[dict[str, Any]], tuple[int, Any]]
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.0)
-
-
-@contextmanager
-def server(answer: Answer) -> Iterator[Any]:
-    """Run a server in threads; `calls` holds what it was asked, `headers` how."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            running.calls.append(request)
-            running.headers.append((self.path, dict(self.headers)))
-            status, content = answer(request)
-            body = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None: ...
-
-    running: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.calls, running.headers = [], []
-    running.url = f"http://127.0.0.1:{running.server_address[1]}/v1"
-    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield running
-    finally:
-        running.shutdown()
-        running.server_close()
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def chat(url: str, **options: Any) -> ChatEndpoint:
     return ChatEndpoint(EndpointConfig(**{"url": url, "model_name": "m", "retries": 2, **options}))
 
 
-def says(text: str) -> dict[str, Any]:
-    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
-
-
 def likely(**words: float) -> dict[str, Any]:
     top = [{"token": word, "logprob": math.log(p)} for word, p in words.items()]
     return {"choices": [{"logprobs": {"content": [{"token": "x", "top_logprobs": top}]}}]}
-
-
-def text_of(request: dict[str, Any]) -> str:
-    content = request["messages"][0]["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
 
 
 def test_answers_come_in_order_whoever_is_first() -> None:
@@ -88,11 +42,11 @@ def test_answers_come_in_order_whoever_is_first() -> None:
             late.set()
         return 200, says(f" answer {text_of(request)} ")
 
-    with server(answer) as running:
+    with json_server(answer) as running:
         questions = [Question(str(n)) for n in range(8)]
         answers = chat(running.url, concurrency=8).generate(questions, GenerationConfig())
     assert answers == [f"answer {n}" for n in range(8)]
-    assert running.headers[0][0] == "/v1/chat/completions"
+    assert running.paths[0] == "/v1/chat/completions"
 
 
 def test_requests_say_how_to_generate_and_show_images(tmp_path: Path) -> None:
@@ -101,7 +55,7 @@ def test_requests_say_how_to_generate_and_show_images(tmp_path: Path) -> None:
     refs = [ImageRef(tmp_path / name, name) for name in ("a.jpg", "a.bmp")]
     question = Question("What?", (Image.new("RGB", (4, 2), "blue"), *refs))
     config = GenerationConfig(max_new_tokens=9, temperature=0.7, top_p=0.9, seed=3)
-    with server(lambda request: (200, says("x"))) as running:
+    with json_server(lambda request: (200, says("x"))) as running:
         model = chat(running.url, extra={"min_p": 0.1})
         model.generate([question, question], config)
         model.generate([question], config)
@@ -129,7 +83,7 @@ def test_requests_say_how_to_generate_and_show_images(tmp_path: Path) -> None:
 
 def test_yes_and_no_are_summed_over_case() -> None:
     chances = {"Yes": 0.5, " yes": 0.2, "No": 0.1, "YES": 0.05, "maybe": 0.1}
-    with server(lambda request: (200, likely(**chances))) as running:
+    with json_server(lambda request: (200, likely(**chances))) as running:
         ((yes, no),) = chat(running.url).yes_no([Question("Is it?")], 1)
     assert (yes, no) == (pytest.approx(0.75), pytest.approx(0.1))
     assert running.calls[0]["logprobs"] is True
@@ -139,7 +93,7 @@ def test_yes_and_no_are_summed_over_case() -> None:
 @pytest.mark.parametrize("status", [429, 503, 408])
 def test_busy_servers_are_asked_again(status: int) -> None:
     statuses = iter([status, status, 200])
-    with server(lambda request: (next(statuses), says("x"))) as running:
+    with json_server(lambda request: (next(statuses), says("x"))) as running:
         assert chat(running.url).generate([Question("?")], GenerationConfig()) == ["x"]
     assert len(running.calls) == 3
 
@@ -167,7 +121,7 @@ def test_bad_replies_name_the_server_and_the_question(
 
     questions = [Question("good"), Question("bad"), Question("good")]
     with (
-        server(answer) as running,
+        json_server(answer) as running,
         pytest.raises(
             EndpointError, match=rf"^endpoint m: {message}|^endpoint m: http.*{message}"
         ) as caught,
@@ -189,7 +143,7 @@ def test_bad_replies_name_the_server_and_the_question(
 )
 def test_a_judge_without_probabilities_is_none(reply: Any) -> None:
     with (
-        server(lambda request: (200, reply)) as running,
+        json_server(lambda request: (200, reply)) as running,
         pytest.raises(InputError, match="no top_logprobs"),
     ):
         chat(running.url).yes_no([Question("Is it?")], 1)
@@ -198,7 +152,7 @@ def test_a_judge_without_probabilities_is_none(reply: Any) -> None:
 def test_probabilities_that_are_no_numbers() -> None:
     body = json.dumps(likely(Yes=0.5)).replace(str(math.log(0.5)), "NaN").encode()
     with (
-        server(lambda request: (200, body)) as running,
+        json_server(lambda request: (200, body)) as running,
         pytest.raises(InputError, match="logprobs are not numbers"),
     ):
         chat(running.url).yes_no([Question("Is it?")], 1)
@@ -214,10 +168,10 @@ def test_server_that_is_down() -> None:
 
 def test_the_key_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_KEY", "s3cret")
-    with server(lambda request: (200, says("x"))) as running:
+    with json_server(lambda request: (200, says("x"))) as running:
         model = chat(running.url, api_key_env="MODEL_KEY")
         model.generate([Question("?")], GenerationConfig())
-    assert running.headers[0][1]["Authorization"] == "Bearer s3cret"
+    assert running.headers[0]["Authorization"] == "Bearer s3cret"
     assert "s3cret" not in model.fingerprint
     monkeypatch.delenv("MODEL_KEY")
     with pytest.raises(InputError, match="MODEL_KEY has no key"):
@@ -258,7 +212,7 @@ def test_an_image_is_encoded_once_for_the_questions_about_it(
     monkeypatch.setattr(Image.Image, "save", counted)
     pictures = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
     questions = [Question(f"Is it {n}?", (picture,)) for picture in pictures for n in range(3)]
-    with server(lambda _: (200, likely(Yes=0.5, No=0.5))) as running:
+    with json_server(lambda _: (200, likely(Yes=0.5, No=0.5))) as running:
         chat(running.url, concurrency=1).yes_no(questions, 1)
     assert len(saved) == 3
     urls = [call["messages"][0]["content"][0]["image_url"]["url"] for call in running.calls]

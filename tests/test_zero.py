@@ -1,4 +1,4 @@
-"""Weights that DeepSpeed divides, on a small network; the runs are in `test_two_processes.py`."""
+"""Weights that DeepSpeed divides, on a small network; the runs are in `test_two_processes*.py`."""
 
 from __future__ import annotations
 

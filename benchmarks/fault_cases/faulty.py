@@ -102,5 +102,7 @@ from_tests(
     "programs and servers as rewards",
     NAMED,
     "tests/pipelines/test_online_faults.py",
+    "tests/rewards/test_command.py",
     "tests/rewards/test_external.py",
+    "tests/rewards/test_http.py",
 )

@@ -169,7 +169,14 @@ for _method in METHODS:
     case(16, f"{_method}: attention, and convolutions or MLP; alpha = r, and not", "max 0.0")(
         partial(round_trip, _method)
     )
-from_tests(16, "kohya export reloads, hostile files are refused", "as exact", "tests/test_lora.py")
+from_tests(
+    16,
+    "kohya export reloads, hostile files are refused",
+    "as exact",
+    "tests/test_lora.py",
+    "tests/test_lora_export.py",
+    "tests/test_lora_files.py",
+)
 
 
 def starts_at_the_reference(method: str, folder: Path, tally: Tally) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from json_server import images_of, json_server, says, text_of
 from PIL import Image
 from skimage import data
 
@@ -66,36 +65,20 @@ def chance(text: str) -> float:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.0)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            content = request["messages"][0]["content"]
-            text = content if isinstance(content, str) else content[-1]["text"]
-            running.calls.append((text, len(content) - 1 if isinstance(content, list) else 0))
-            choice: dict[str, Any] = {}
-            if request.get("logprobs"):
-                p = chance(text)
-                words = [{"token": "Yes", "logprob": p - 1}, {"token": "no", "logprob": -p}]
-                choice["logprobs"] = {"content": [{"top_logprobs": words}]}
-            else:
-                choice["message"] = {"content": reply(text, request["seed"])}
-            body = json.dumps({"choices": [choice]}).encode()
-            if running.garbage and running.garbage in text:
-                body = b"<html>"
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(request: dict[str, Any]) -> tuple[int, Any]:
+        text = text_of(request)
+        running.asked.append((text, images_of(request)))
+        if running.garbage and running.garbage in text:
+            return 200, b"<html>"
+        if not request.get("logprobs"):
+            return 200, says(reply(text, request["seed"]))
+        p = chance(text)
+        words = [{"token": "Yes", "logprob": p - 1}, {"token": "no", "logprob": -p}]
+        return 200, {"choices": [{"logprobs": {"content": [{"top_logprobs": words}]}}]}
 
-        def log_message(self, *_: object) -> None: ...
-
-    running: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.calls, running.garbage = [], None
-    running.url = f"http://127.0.0.1:{running.server_address[1]}/v1"
-    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with json_server(answer) as running:
+        running.asked, running.garbage = [], None
+        yield running
 
 
 @pytest.fixture
@@ -139,13 +122,13 @@ def test_every_job_by_language(
         edited += row["source"] == "topics/rewritten"
     assert edited
     kinds = {
-        text.split()[0] + text.split()[1]: images for text, images in server.calls
+        text.split()[0] + text.split()[1]: images for text, images in server.asked
     }  # who is shown the picture: those who answer, label and rewrite
     assert kinds["Belowis"] == kinds["Twopeople"] == kinds["Twoquestions"] == 0
     assert kinds["Whatis"] == kinds["Isit"] == kinds["Hereis"] == 1
-    before = len(server.calls)
+    before = len(server.asked)
     assert cli.main(argv) == 0
-    assert len(server.calls) == before
+    assert len(server.asked) == before
 
 
 @pytest.mark.parametrize(

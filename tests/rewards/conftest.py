@@ -1,24 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-
-# Tests are not a package, so a module they share is loaded by its file.
-_spec = importlib.util.spec_from_file_location(
-    "reward_zoo", Path(__file__).parent / "reward_zoo.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-reward_zoo = importlib.util.module_from_spec(_spec)
-sys.modules["reward_zoo"] = reward_zoo
-_spec.loader.exec_module(reward_zoo)
 
 MODEL = {
     "embed_dim": 8,

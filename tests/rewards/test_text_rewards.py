@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from json_server import images_of, json_server, text_of
 from PIL import Image
 
-from mmalign import endpoint
 from mmalign.config import RewardConfig
 from mmalign.rewards import load_reward
 from mmalign.rewards._judged import read_rating
 from mmalign.scoring import score_samples
 from mmalign.types import ImageRef, InputError, Response
 
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
 RED = Image.new("RGB", (4, 4), "red")
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.0)
 
 
 def reward(name: str, **options: Any) -> Any:
@@ -41,32 +36,17 @@ def score(scorer: Any, *texts: str, **fields: Any) -> list[float]:
 
 @contextmanager
 def model(answer: Callable[[str], dict[str, Any]]) -> Iterator[Any]:
-    """Run a language model; `asked` holds texts and numbers of images."""
+    """Run a language model; `asked` holds texts, numbers of images and temperatures."""
+    asked: list[tuple[str, int, float]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            content = request["messages"][0]["content"]
-            parts = [{"text": content}] if isinstance(content, str) else content
-            running.asked.append((parts[-1]["text"], len(parts) - 1, request["temperature"]))
-            body = json.dumps({"choices": [answer(parts[-1]["text"])]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def choose(request: dict[str, Any]) -> tuple[int, Any]:
+        asked.append((text_of(request), images_of(request), request["temperature"]))
+        return 200, {"choices": [answer(text_of(request))]}
 
-        def log_message(self, *_: object) -> None: ...
-
-    running: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.asked = []
-    url = f"http://127.0.0.1:{running.server_address[1]}/v1"
-    running.endpoint = {"url": url, "model_name": "m", "concurrency": 2}
-    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-    try:
+    with json_server(choose) as running:
+        running.asked = asked
+        running.endpoint = {"url": running.url, "model_name": "m", "concurrency": 2}
         yield running
-    finally:
-        running.shutdown()
-        running.server_close()
 
 
 def says(text: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,14 @@ def save_qwen(folder: Path, version: str) -> Path:
             images, tokenizer, Qwen3VLVideoProcessor(), chat_template=QWEN_TEMPLATE
         )
     return _save(folder, model, processor)
+
+
+def edited(source: Path, folder: Path, file: str, **changes: Any) -> Path:
+    """Copy a checkpoint with other values in one of its files of JSON."""
+    shutil.copytree(source, folder)
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **changes}))
+    return folder
 
 
 def _clip_vision() -> CLIPVisionConfig:
