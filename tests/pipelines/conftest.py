@@ -94,6 +94,6 @@ def two(world: World, request: pytest.FixtureRequest) -> Path:
                 os.environ[variable] = str(part in name).lower()
             run(name, world, folder / name, 2)
 
-    ended = in_two(everything, folder, timeout=200)
+    ended = in_two(everything, folder, timeout=280)
     assert ended.codes == [0, 0], "\n".join(text[-2000:] for text in ended.output)
     return folder
