@@ -1,4 +1,4 @@
-"""Runs an action in two processes that train together, as forks of the test process."""
+"""Runs an action in two processes that train together, or in one, as forks of the test process."""
 
 from __future__ import annotations
 
@@ -28,14 +28,27 @@ def in_two(action: Callable[[], object], folder: Path, *, timeout: float = 60) -
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return _run(action, folder, ranks, timeout)
+
+
+def in_one(action: Callable[[], object], folder: Path, *, timeout: float = 60) -> Ended:
+    """Run `action` in a process that may change what it shares with no other test."""
+    return _run(action, folder, [{}], timeout)
+
+
+def _run(
+    action: Callable[[], object], folder: Path, environments: list[dict[str, str]], timeout: float
+) -> Ended:
     folder.mkdir(parents=True, exist_ok=True)
-    logs = [folder / f"process-{rank}.log" for rank in range(2)]
-    children = [_fork(action, rank, port, logs[rank]) for rank in range(2)]
+    logs = [folder / f"process-{number}.log" for number in range(len(environments))]
+    children = [_fork(action, *each) for each in zip(environments, logs, strict=True)]
     codes = [_reap(child, time.monotonic() + timeout) for child in children]
     return Ended(codes, [log.read_text() for log in logs])
 
 
-def _fork(action: Callable[[], object], rank: int, port: int, log: Path) -> int:
+def _fork(action: Callable[[], object], environment: dict[str, str], log: Path) -> int:
     child = os.fork()
     if child:
         return child
@@ -45,14 +58,7 @@ def _fork(action: Callable[[], object], rank: int, port: int, log: Path) -> int:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TQDM_DISABLE": "1",
-        }
+        os.environ |= {**environment, "TQDM_DISABLE": "1"}
         torch.set_num_threads(1)
         AcceleratorState._reset_state(reset_partial_state=True)
         result = action()
