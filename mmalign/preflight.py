@@ -82,6 +82,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "max_samples": (1, _INF),
     "max_steps": (1, _INF),
     "max_tokens": (1, _INF),
+    "max_total_pixels": (1, _INF),
     "max_words": (1, _INF),
     "min_gap": (0, _INF),
     "min_topics": (1, _INF),

@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import (
     HTMLResponse,
     JSONResponse,
@@ -42,7 +42,7 @@ from mmalign.types import ImageRef, InputError
 
 MAX_BODY = 4096
 BODY_SECONDS = 60.0
-"""How long a request that is refused may still take to arrive."""
+"""How long a request may take to arrive."""
 PRELOADED = 3
 MARK = "x-mmalign"
 """A header that a form or link of another site cannot send."""
@@ -76,7 +76,7 @@ def make_app(
     local_only: bool,
     max_pixels: int,
     blind: bool = False,
-) -> ASGIApp:
+) -> Lingering:
     """Make the application.
 
     Args:
@@ -103,6 +103,7 @@ def make_app(
             UnknownPairError: partial(_problem, 404),
             TooLargeError: partial(_problem, 413),
             InputError: partial(_problem, 400),
+            ClientDisconnect: _cut_off,
         },
     )
     return Lingering(Guard(app, token=token, local_only=local_only), BODY_SECONDS)
@@ -289,6 +290,10 @@ def _environment() -> Environment:
 
 def _problem(status: int, request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, status_code=status)
+
+
+def _cut_off(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "the rest of the request did not come"}, status_code=408)
 
 
 def _unavailable(request: Request, error: Exception) -> Response:

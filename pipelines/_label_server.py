@@ -14,11 +14,12 @@ from mmalign.pipelines._listen import listen, say, shown_address
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from mmalign.config import LabelPageConfig
     from mmalign.data.labels import Labels
+    from mmalign.pipelines._serving import Server
 
+GRACE = 5
+"""Seconds that requests which are being answered may still take when the server is told to end."""
 LOOK_SECONDS = 0.5
 UNDO_SECONDS = 5.0
 """The last answer may still be taken back so long before a page that is complete closes."""
@@ -55,9 +56,8 @@ def serve(
     Raises:
         InputError: if the address cannot be listened on.
     """
-    import uvicorn
-
     from mmalign.pipelines._label_app import is_loopback, make_app
+    from mmalign.pipelines._serving import Server
 
     local = is_loopback(config.host)
     token = config.token if config.token or local else secrets.token_urlsafe(16)
@@ -71,17 +71,7 @@ def serve(
             max_pixels=max_pixels,
             blind=complete is not None,
         )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                ws="none",
-                lifespan="off",
-                timeout_graceful_shutdown=2,
-            )
-        )
+        server = Server(app, grace=GRACE, lifespan="off")
         say(f"label at {_url(config.host, port, token)}  (Ctrl+C ends; judgements are kept)")
         ended = threading.Event()
         if complete is not None:
@@ -93,7 +83,7 @@ def serve(
     say(f"{done.judged} of {done.total} pairs judged by {done.people} people: {labels.file}")
 
 
-def _watch(server: uvicorn.Server, complete: Callable[[], bool], ended: threading.Event) -> None:
+def _watch(server: Server, complete: Callable[[], bool], ended: threading.Event) -> None:
     """End the server when all answers have been there for a while."""
     waited = 0.0
     while waited < UNDO_SECONDS:

@@ -1,16 +1,14 @@
 """A reward as a Starlette application: the server side of `mmalign.rewards._external`.
 
 Requests are a stranger's: bodies, samples and pixels are bounded, JSON is the only format, images
-are decoded by the same code as files of strangers, and no more requests are held than `queue`.
+are decoded by the same code as files of strangers, and no more requests are held than `queue`, nor
+more pixels of decoded images than `max_total_pixels`, whoever sent them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hmac
-import json
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,16 +27,13 @@ from starlette.responses import Response as Reply
 from starlette.routing import Route
 from torch import Tensor
 
-from mmalign.data.images import check_header, decode, to_tensor
-from mmalign.data.schema import RowError
 from mmalign.pipelines._label_app import is_loopback
 from mmalign.pipelines._lingering import Lingering
+from mmalign.pipelines._reward_request import Asked, Sample, read_request
 from mmalign.scoring import BatchedReward, ScorerError
-from mmalign.types import ImageRef, InputError, Response
+from mmalign.types import InputError
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
     from mmalign.config import ServeRewardConfig
     from mmalign.types import Reward, TextReward
 
@@ -46,10 +41,6 @@ MIB = 2**20
 BODY_SECONDS = 60.0
 """How long a request may take to arrive."""
 HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
-
-Sample = Tensor | Response
-Kind = type[str] | type[list[Any]] | type[dict[str, Any]]
-_KINDS: dict[Kind, str] = {str: "texts", list: "lists", dict: "objects"}
 
 
 class Task(NamedTuple):
@@ -77,7 +68,7 @@ def make_app(
     token: str | None,
     local_only: bool,
     device: str,
-) -> ASGIApp:
+) -> Lingering:
     """Make the application; `POST /` scores, `GET /health` says how it is.
 
     Args:
@@ -124,6 +115,7 @@ class _Server:
         # Where a score depends on the other samples of a call, strangers' samples stay apart.
         self._merges = getattr(reward, "fingerprint", "") is not None
         self._tasks: asyncio.Queue[Task] = asyncio.Queue()
+        self._room = _Room(config.max_total_pixels)
         self._thread = ThreadPoolExecutor(1, "reward")  # one batch at a time, as memory wants it
 
     async def health(self, request: Request) -> Reply:
@@ -149,11 +141,10 @@ class _Server:
         self.counts.waiting += 1
         try:
             body = await self._read(request)
-            samples, prompts = await run_in_threadpool(_parse, body, self.reward, self.config)
+            asked = await run_in_threadpool(read_request, body, self.reward.modality, self.config)
             del body
-            future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
-            self._tasks.put_nowait(Task(samples, prompts, future))
-            scores = await future
+            async with self._room.take(asked.pixels):
+                scores = await self._scored(asked)
         except InputError as error:
             status = 502 if isinstance(error, ScorerError) else 422
             raise HTTPException(status, str(error)) from error
@@ -163,23 +154,33 @@ class _Server:
         self.counts.samples += len(scores)
         return _json({"rewards": scores})
 
+    async def _scored(self, asked: Asked) -> list[float]:
+        """Decode the images of a request, and wait for its turn."""
+        samples = await run_in_threadpool(asked.decoded)
+        future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        self._tasks.put_nowait(Task(samples, asked.prompts, future))
+        return await future
+
     async def work(self) -> None:
         """Score what waits, as many requests at once as fit a batch, for ever."""
-        loop = asyncio.get_running_loop()
         while True:
-            tasks = [await self._tasks.get()]
-            size = len(tasks[0].samples)
-            while self._merges and size < self.config.batch_size and not self._tasks.empty():
-                tasks.append(self._tasks.get_nowait())
-                size += len(tasks[-1].samples)
-            outcomes = await loop.run_in_executor(self._thread, self._outcomes, tasks)
-            for task, outcome in zip(tasks, outcomes, strict=True):
-                if task.scores.done():  # who asked has gone away
-                    continue
-                if isinstance(outcome, Exception):
-                    task.scores.set_exception(outcome)
-                else:
-                    task.scores.set_result(outcome)
+            await self._score_some()  # returns without a hold on any sample
+
+    async def _score_some(self) -> None:
+        tasks = [await self._tasks.get()]
+        size = len(tasks[0].samples)
+        while self._merges and size < self.config.batch_size and not self._tasks.empty():
+            tasks.append(self._tasks.get_nowait())
+            size += len(tasks[-1].samples)
+        loop = asyncio.get_running_loop()
+        outcomes = await loop.run_in_executor(self._thread, self._outcomes, tasks)
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            if task.scores.done():  # who asked has gone away
+                continue
+            if isinstance(outcome, Exception):
+                task.scores.set_exception(outcome)
+            else:
+                task.scores.set_result(outcome)
 
     def _outcomes(self, tasks: Sequence[Task]) -> list[list[float] | Exception]:
         """Score tasks together, or each by itself when that fails: not all need fail with one."""
@@ -240,86 +241,35 @@ class _Server:
         if not length.isdecimal() or int(length) > most:
             raise too_large
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > most:
-                        raise too_large
-        except (TimeoutError, ClientDisconnect) as error:
-            raise HTTPException(408, f"the request was not here in {BODY_SECONDS:g} s") from error
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise too_large
+        except ClientDisconnect as error:
+            raise HTTPException(408, "the rest of the request did not come") from error
         return body
 
 
-def _parse(
-    body: bytearray, reward: Reward | TextReward, config: ServeRewardConfig
-) -> tuple[list[Sample], list[str]]:
-    """Read samples and prompts.
+class _Room:
+    """Pixels that may be held at a time; who comes first gets room first."""
 
-    Raises:
-        InputError: saying what is wrong, and with which sample.
-    """
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise InputError("the request is not JSON") from None
-    if not isinstance(content, dict):
-        raise InputError("the request is not a JSON object")
-    prompts = _list(content, "prompts", str)
-    if not 1 <= len(prompts) <= config.max_samples:
-        raise InputError(f"{len(prompts)} samples: send 1 to {config.max_samples} at a time")
-    read = _read_images if reward.modality == "image" else _read_responses
-    samples = read(content, config.max_pixels)
-    if len(samples) != len(prompts):
-        raise InputError(f"{len(samples)} samples for {len(prompts)} prompts")
-    return samples, prompts
+    def __init__(self, pixels: int) -> None:
+        self._left = pixels
+        self._turn, self._freed = asyncio.Lock(), asyncio.Event()
 
-
-def _read_images(content: Mapping[str, Any], max_pixels: int) -> list[Sample]:
-    if "responses" in content:
-        raise InputError("this reward scores images, not answers")
-    samples: list[Sample] = []
-    for index, text in enumerate(_list(content, "images", str)):
-        ref = _image(text, f"sample {index}")
+    @asynccontextmanager
+    async def take(self, pixels: int) -> AsyncIterator[None]:
+        """Wait for room for so many, which may not be more than there is at all."""
+        async with self._turn:
+            while self._left < pixels:
+                self._freed.clear()
+                await self._freed.wait()
+            self._left -= pixels
         try:
-            samples.append(to_tensor(decode(ref, max_pixels)))
-        except RowError as error:
-            raise InputError(f"{ref.where}: {error}") from error
-    return samples
-
-
-def _read_responses(content: Mapping[str, Any], max_pixels: int) -> list[Sample]:
-    texts = _list(content, "responses", str)
-    images = _list(content, "images", list) if "images" in content else [[] for _ in texts]
-    fields = _list(content, "fields", dict) if "fields" in content else [{} for _ in texts]
-    if not len(texts) == len(images) == len(fields):
-        raise InputError(f"{len(texts)} responses, {len(images)} images, {len(fields)} fields")
-    samples: list[Sample] = []
-    for index, (text, shown, known) in enumerate(zip(texts, images, fields, strict=True)):
-        where = f"sample {index}"
-        if not all(isinstance(image, str) for image in shown):
-            raise InputError(f"{where}: its images are not texts in base64")
-        refs = tuple(_image(image, where) for image in shown)
-        try:
-            for ref in refs:
-                check_header(ref, max_pixels)
-        except RowError as error:
-            raise InputError(f"{where}: {error}") from error
-        samples.append(Response(text=text, images=refs, fields=known))
-    return samples
-
-
-def _image(text: str, where: str) -> ImageRef:
-    try:
-        return ImageRef(base64.b64decode(text, validate=True), where)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(f"{where}: the image is not base64") from error
-
-
-def _list(content: Mapping[str, Any], name: str, kind: Kind) -> list[Any]:
-    value = content.get(name)
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        raise InputError(f'"{name}" of the request is not a list of {_KINDS[kind]}')
-    return value
+            yield
+        finally:
+            self._left += pixels
+            self._freed.set()
 
 
 def _busy() -> HTTPException:

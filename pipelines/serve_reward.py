@@ -41,21 +41,11 @@ def run(config: ServeRewardConfig) -> None:
 
 
 def _serve(config: ServeRewardConfig, reward: Reward, device: str, token: str | None) -> None:
-    import uvicorn
-
     from mmalign.pipelines._reward_app import make_app
+    from mmalign.pipelines._serving import Server
 
     app = make_app(reward, config, token=token, local_only=is_loopback(config.host), device=device)
     with listen(config.host, config.port) as listener:
-        settings = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            lifespan="on",
-            timeout_graceful_shutdown=GRACE,
-        )
         address = f"{shown_address(config.host, listener.getsockname()[1])}/"
         say(f"{reward.name} ({reward.modality}, on {device}) at {address}  (Ctrl+C ends)")
         if token is not None and config.token is None:
@@ -63,5 +53,5 @@ def _serve(config: ServeRewardConfig, reward: Reward, device: str, token: str | 
         # uvicorn raises a signal again when it has ended, which then is the normal end.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(settings).run(sockets=[listener])
+            Server(app, grace=GRACE, lifespan="on").run(sockets=[listener])
     say("ended")

@@ -176,6 +176,8 @@ class ServeRewardConfig:
         max_samples: samples per request.
         max_body_mib: largest request in MiB.
         max_pixels: images with more pixels are refused before they are decoded.
+        max_total_pixels: requests whose images have more pixels together are refused before any is
+            decoded, and no more are held decoded at a time: further requests wait.
     """
 
     reward: str = ""
@@ -189,6 +191,7 @@ class ServeRewardConfig:
     max_samples: int = 256
     max_body_mib: int = 64
     max_pixels: int = 50_000_000
+    max_total_pixels: int = 50_000_000
 
 
 @dataclass(kw_only=True)

@@ -62,14 +62,17 @@ def decode(ref: ImageRef, max_pixels: int) -> Image.Image:
             raise RowError(f"the image cannot be decoded: {_reason(error)}") from error
 
 
-def check_header(ref: ImageRef, max_pixels: int) -> None:
+def check_header(ref: ImageRef, max_pixels: int) -> int:
     """Check existence, format and size of an image without decoding it.
+
+    Returns:
+        Width x height.
 
     Raises:
         RowError: saying what is wrong.
     """
-    with _opened(ref, max_pixels):
-        pass
+    with _opened(ref, max_pixels) as image:
+        return image.width * image.height
 
 
 def hash_image(ref: ImageRef) -> bytes:
