@@ -19,13 +19,14 @@ from mmalign.data.schema import BadRow, content_hash
 from mmalign.data.selection import select_pairs
 from mmalign.data.webdataset import Member, WebdatasetPairs
 from mmalign.data.writers import write_shard
+from mmalign.pipelines._pairing import scores_of_each
 from mmalign.pipelines._shards import Record, Share, batches, go_through
 from mmalign.rewards.combine import combine_scores
 from mmalign.scoring import BatchedReward
 from mmalign.types import InputError, PreferencePair
 
 if TYPE_CHECKING:
-    from mmalign.config import PairsBuildConfig
+    from mmalign.config import PairsBuildConfig, RewardConfig
     from mmalign.pipelines._scores import Scorer
 
 MAX_PIXELS = PairsConfig().max_pixels
@@ -52,12 +53,7 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
         InputError: for options that need all scores at once, shards that cannot be read, bad rows
             under `stop`, or a bad score.
     """
-    for key, reward in scorer.configs.items():
-        if reward.normalize == "zscore":
-            raise InputError(
-                f"rewards: {key} is normalized over all scores, which shards never see together;"
-                " use prompt_zscore, prompt_rank or none"
-            )
+    _refuse_whole(config, scorer.configs)
     shards = list_shards(str(config.images))
     output = as_path(config.output)
 
@@ -68,11 +64,11 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
     def work(shard: Path, advance: Callable[[int], object]) -> Record:
         bad: list[BadRow] = []
         found = _score(config, shard, scorer, rewards(), bad, advance)
-        groups = _groups(found, scorer)
-        pairs = list(_pairs(config, groups))
+        groups = _groups(config, scorer.configs, found)
+        pairs = list(_pairs(config, scorer.configs, groups))
         if pairs:
             write_shard(_read(shard, pairs), output / shard.name)
-        paired = {group[0].prompt for group, *_ in pairs}
+        paired = {pair.group.rows[0].prompt for pair in pairs}
         return {
             "rows": len(found),
             "skipped": len(bad),
@@ -88,8 +84,34 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
     return go_through(shards, output, settings, share, work), share
 
 
-Group = tuple[list[Scored], list[float]]
-"""The distinct candidates of a prompt, with their combined scores."""
+class Group(NamedTuple):
+    """The distinct candidates of a prompt, with their combined scores."""
+
+    rows: list[Scored]
+    totals: list[float]
+
+
+class Pair(NamedTuple):
+    """Places of the chosen and the rejected candidate in their group."""
+
+    group: Group
+    best: int
+    worst: int
+
+
+def _refuse_whole(config: PairsBuildConfig, rewards: Mapping[str, RewardConfig]) -> None:
+    """Refuse what normalizes over the scores of all shards."""
+    if config.combine == "gdpo":
+        raise InputError(
+            "combine: gdpo is normalized over all scores, which shards never see together;"
+            " use zscore, rank or sum"
+        )
+    for key, reward in rewards.items():
+        if reward.normalize == "zscore" and not reward.eval_only:
+            raise InputError(
+                f"rewards: {key} is normalized over all scores, which shards never see together;"
+                " use prompt_zscore, prompt_rank or none"
+            )
 
 
 def _score(
@@ -119,33 +141,41 @@ def _score(
     return found
 
 
-def _groups(found: Sequence[Scored], scorer: Scorer) -> list[Group]:
+def _groups(
+    config: PairsBuildConfig, rewards: Mapping[str, RewardConfig], found: Sequence[Scored]
+) -> list[Group]:
     """Combine the rewards, and gather the candidates of each prompt; a picture counts once."""
     if not found:
         return []
     columns = torch.tensor([row.scores for row in found], dtype=torch.float64).T
-    raw = dict(zip(scorer.configs, columns, strict=True))
-    totals = combine_scores(raw, scorer.configs, [row.prompt for row in found]).total.tolist()
+    raw = dict(zip(rewards, columns, strict=True))
+    prompts = [row.prompt for row in found]
+    totals = combine_scores(raw, rewards, prompts, config.combine).total.tolist()
     groups: dict[str, dict[bytes, tuple[Scored, float]]] = {}
     for row, total in zip(found, totals, strict=True):
         groups.setdefault(row.prompt, {}).setdefault(row.digest, (row, total))
-    return [([r for r, _ in g.values()], [t for _, t in g.values()]) for g in groups.values()]
+    return [Group([r for r, _ in g.values()], [t for _, t in g.values()]) for g in groups.values()]
 
 
 def _pairs(
-    config: PairsBuildConfig, groups: Sequence[Group]
-) -> Iterator[tuple[list[Scored], list[float], int, int]]:
-    for rows, totals in groups:
-        chosen = select_pairs(totals, rule=config.rule, min_gap=config.min_gap, top_k=config.top_k)
+    config: PairsBuildConfig, rewards: Mapping[str, RewardConfig], groups: Sequence[Group]
+) -> Iterator[Pair]:
+    for group in groups:
+        raw = dict(zip(rewards, zip(*(row.scores for row in group.rows), strict=True), strict=True))
+        chosen = select_pairs(
+            group.totals,
+            rule=config.rule,
+            min_gap=config.min_gap,
+            top_k=config.top_k,
+            each=scores_of_each(rewards, raw),
+        )
         for best, worst in chosen:
-            yield rows, totals, best, worst
+            yield Pair(group, best, worst)
 
 
-def _read(
-    shard: Path, pairs: Sequence[tuple[list[Scored], list[float], int, int]]
-) -> Iterator[PreferencePair]:
+def _read(shard: Path, pairs: Sequence[Pair]) -> Iterator[PreferencePair]:
     source = WebdatasetPairs([shard])
-    for rows, totals, best, worst in pairs:
+    for (rows, totals), best, worst in pairs:
         yield PreferencePair(
             pair_id=f"{shard.stem}/{rows[best].key}/{rows[worst].key}",
             prompt=rows[best].prompt,

@@ -9,7 +9,6 @@ number of processes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from mmalign.pipelines._candidates import (
 )
 from mmalign.pipelines._evaluation import resolve_device
 from mmalign.pipelines._pair_shards import pair_shards
+from mmalign.pipelines._pairing import scores_of_each
 from mmalign.pipelines._response_pairs import build_response_pairs
 from mmalign.pipelines._scores import ScoreLog, Scorer, bad_images, reward_key, score_groups
 from mmalign.processes import launched, world_size
@@ -238,7 +238,7 @@ def _select(
             rule=config.rule,
             min_gap=config.min_gap,
             top_k=config.top_k,
-            each=_each(distinct, log, scorer) if config.rule == "pareto" else (),
+            each=_each(distinct, log, scorer),
         )
         without += not pairs
         for best, worst in pairs:
@@ -256,12 +256,9 @@ def _select(
 
 
 def _each(candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer) -> list[list[float]]:
-    """List the scores by each reward that takes part, turned so that higher is better."""
-    return [
-        [math.copysign(1, c.weight) * log.known[one.name].scores[key] for one in candidates]
-        for key, c in scorer.configs.items()
-        if not c.eval_only and c.weight
-    ]
+    known = [log.known[candidate.name].scores for candidate in candidates]
+    raw = {key: [scores[key] for scores in known] for key in scorer.configs}
+    return scores_of_each(scorer.configs, raw)
 
 
 def _place(candidate: Candidate, log: ScoreLog, config: PairsBuildConfig) -> str:
