@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mmalign.config import as_path
 from mmalign.data.score_cache import ScoreCache, image_key, response_key
 from mmalign.rewards import load_rewards
-from mmalign.rewards._identity import reward_identity
+from mmalign.rewards._identity import describe_reward
 from mmalign.rewards.combine import unique_names
 from mmalign.scoring import BatchedReward
 from mmalign.types import InputError
@@ -129,12 +129,21 @@ def hits(rewards: Mapping[str, CachedReward]) -> str:
     return f", {sum(c.hits for c in caches)} scores from the cache"
 
 
-def _open(reward: Reward | TextReward, config: RewardConfig, folder: Path) -> ScoreCache | None:
+def identify(reward: Reward | TextReward, config: RewardConfig) -> dict[str, Any]:
+    """Describe a reward: with another description its scores may be others.
+
+    Raises:
+        InputError: if a file of the reward cannot be read.
+    """
     try:
-        identity = reward_identity(config, reward)
+        return describe_reward(config, reward)
     except OSError as error:
         raise InputError(f"reward {config.name}: cannot read its files: {error}") from error
-    if identity is None:
+
+
+def _open(reward: Reward | TextReward, config: RewardConfig, folder: Path) -> ScoreCache | None:
+    identity = identify(reward, config)
+    if identity["fingerprint"] is None:
         tqdm.write(
             f"reward {reward.name}: its scores are not cached, since the same sample may get "
             "another score next time"

@@ -59,7 +59,7 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
 
     @cache
     def rewards() -> dict[str, BatchedReward]:
-        return {name: BatchedReward(reward) for name, reward in scorer.load().items()}
+        return {name: BatchedReward(reward) for name, reward in scorer.rewards.items()}
 
     def work(shard: Path, advance: Callable[[int], object]) -> Record:
         bad: list[BadRow] = []

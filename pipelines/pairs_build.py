@@ -80,7 +80,8 @@ def run(config: PairsBuildConfig) -> None:
 
 
 def _build_shards(config: PairsBuildConfig) -> None:
-    scorer = _scorer(config, None, resolve_device(config.device))
+    configs = _configs(config, None)
+    scorer = _scorer(configs, config, None, resolve_device(config.device))
     records, share = pair_shards(config, scorer)
     if records is None:
         tqdm.write(f"process {share.process} of {share.processes} is done; others are not yet")
@@ -120,6 +121,7 @@ def build_pairs(
         shard, num_shards = launched()
         config = replace(config, shard=shard, num_shards=num_shards)
     _check(config)
+    configs = _configs(config, reward)
     device = resolve_device(config.device)
     bad_rows: list[BadRow] = []
     if config.images is None:
@@ -129,7 +131,7 @@ def build_pairs(
     share = groups[config.shard :: config.num_shards]
     if config.images is None:
         sample_missing(share, config, lambda: _adapter(config, adapter, device))
-    scorer = _scorer(config, reward, device)
+    scorer = _scorer(configs, config, reward, device)
     log = ScoreLog(as_path(config.output), config.num_shards, config.shard)
     score_groups(share, scorer, log, config.on_bad_row)
     log.read()
@@ -156,29 +158,33 @@ def _adapter(config: PairsBuildConfig, given: ImageAdapter | None, device: str) 
     return load_adapter(config, device=device, for_training=False)
 
 
-def _scorer(config: PairsBuildConfig, reward: Reward | None, device: str) -> Scorer:
+def _configs(config: PairsBuildConfig, reward: Reward | None) -> dict[str, RewardConfig]:
     if reward is not None:
-        given = {reward.name: reward}
-        return Scorer({reward.name: RewardConfig(name=reward.name)}, lambda: given, device)
+        return {reward.name: RewardConfig(name=reward.name)}
     configs = {reward_key(c): c for c in config.rewards}
     if all(c.eval_only for c in config.rewards):
         raise InputError("rewards is empty: at least one reward must rank the candidates")
     if len(configs) < len(config.rewards):
         raise InputError("rewards has the same reward with the same options twice")
-    return Scorer(
-        configs,
-        lambda: {key: load_reward(c, device) for key, c in configs.items()},
-        device,
-        config.cache,
-    )
+    return configs
+
+
+def _scorer(
+    configs: Mapping[str, RewardConfig],
+    config: PairsBuildConfig,
+    reward: Reward | None,
+    device: str,
+) -> Scorer:
+    """Load the rewards, also where all is scored: only then can be told that none has changed."""
+    if reward is not None:
+        return Scorer.of(configs, {reward.name: reward}, device)
+    loaded = {key: load_reward(c, device) for key, c in configs.items()}
+    return Scorer.of(configs, loaded, device, config.cache)
 
 
 def _is_complete(groups: Sequence[Group], log: ScoreLog, scorer: Scorer) -> bool:
     entries = [log.known.get(candidate.name) for group in groups for candidate in group]
-    return all(
-        entry is not None and (entry.problem or scorer.configs.keys() <= entry.scores.keys())
-        for entry in entries
-    )
+    return all(entry is not None and scorer.knows(entry) for entry in entries)
 
 
 def _write_pairs(
@@ -200,7 +206,7 @@ def _write_pairs(
         output / "scores.jsonl",
         [
             {"file_name": c.name, "prompt": c.prompt, "score": totals[c.name]}
-            | dict(log.known[c.name].scores)
+            | scorer.scores(log.known[c.name])
             for c in candidates
         ],
     )
@@ -212,8 +218,8 @@ def _totals(
     candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer, combine: Combination
 ) -> dict[str, float]:
     raw = {
-        key: torch.tensor([log.known[c.name].scores[key] for c in candidates], dtype=torch.float64)
-        for key in scorer.configs
+        key: torch.tensor(scores, dtype=torch.float64)
+        for key, scores in _raw(candidates, log, scorer).items()
     }
     prompts = [candidate.prompt for candidate in candidates]
     combined = combine_scores(raw, scorer.configs, prompts, combine).total
@@ -238,7 +244,7 @@ def _select(
             rule=config.rule,
             min_gap=config.min_gap,
             top_k=config.top_k,
-            each=_each(distinct, log, scorer),
+            each=scores_of_each(scorer.configs, _raw(distinct, log, scorer)),
         )
         without += not pairs
         for best, worst in pairs:
@@ -255,10 +261,10 @@ def _select(
     return Selected(rows, without)
 
 
-def _each(candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer) -> list[list[float]]:
-    known = [log.known[candidate.name].scores for candidate in candidates]
-    raw = {key: [scores[key] for scores in known] for key in scorer.configs}
-    return scores_of_each(scorer.configs, raw)
+def _raw(candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer) -> dict[str, list[float]]:
+    """List the scores of candidates by reward."""
+    known = [scorer.scores(log.known[candidate.name]) for candidate in candidates]
+    return {key: [scores[key] for scores in known] for key in scorer.configs}
 
 
 def _place(candidate: Candidate, log: ScoreLog, config: PairsBuildConfig) -> str:
