@@ -7,7 +7,6 @@ held, their bytes are not: those of the pairs are read again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,8 +18,9 @@ from mmalign.data.schema import BadRow, content_hash
 from mmalign.data.selection import select_pairs
 from mmalign.data.webdataset import Member, WebdatasetPairs
 from mmalign.data.writers import write_shard
+from mmalign.pipelines._cached import identify
 from mmalign.pipelines._pairing import scores_of_each
-from mmalign.pipelines._shards import Record, Share, batches, go_through
+from mmalign.pipelines._shards import Record, Seen, Share, batches, go_through
 from mmalign.rewards.combine import combine_scores
 from mmalign.scoring import BatchedReward
 from mmalign.types import InputError, PreferencePair
@@ -56,18 +56,19 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
     _refuse_whole(config, scorer.configs)
     shards = list_shards(str(config.images))
     output = as_path(config.output)
+    if any(shard.resolve().parent == output.resolve() for shard in shards):
+        raise InputError(f"output: {output} has the shards themselves: choose another folder")
+    batched = {name: BatchedReward(reward) for name, reward in scorer.rewards.items()}
 
-    @cache
-    def rewards() -> dict[str, BatchedReward]:
-        return {name: BatchedReward(reward) for name, reward in scorer.rewards.items()}
-
-    def work(shard: Path, advance: Callable[[int], object]) -> Record:
+    def work(shard: Path, seen: Seen, advance: Callable[[int], object]) -> Record:
         bad: list[BadRow] = []
-        found = _score(config, shard, scorer, rewards(), bad, advance)
+        found = _score(config, shard, scorer, batched, bad, advance)
         groups = _groups(config, scorer.configs, found)
         pairs = list(_pairs(config, scorer.configs, groups))
         if pairs:
             write_shard(_read(shard, pairs), output / shard.name)
+        else:
+            (output / shard.name).unlink(missing_ok=True)  # of the shard as it once was
         paired = {pair.group.rows[0].prompt for pair in pairs}
         return {
             "rows": len(found),
@@ -76,12 +77,21 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
             "prompts_without": len(groups) - len(paired),
         }
 
-    settings = {
-        "rewards": [[c.name, c.options, c.weight, c.normalize] for c in scorer.configs.values()],
-        **{name: getattr(config, name) for name in ("rule", "min_gap", "top_k")},
-    }
     share = Share.of(config.shard, config.num_shards)
-    return go_through(shards, output, settings, share, work), share
+    return go_through(shards, output, _settings(config, scorer), share, work), share
+
+
+def _settings(config: PairsBuildConfig, scorer: Scorer) -> Record:
+    """Name all that the pairs of a shard depend on."""
+    rewards = {
+        key: {
+            **{name: getattr(c, name) for name in ("weight", "normalize", "eval_only")},
+            **identify(scorer.rewards[key], c),
+        }
+        for key, c in scorer.configs.items()
+    }
+    rules = {name: getattr(config, name) for name in ("combine", "rule", "min_gap", "top_k")}
+    return {"job": "pairs build", **rules, "rewards": rewards}
 
 
 class Group(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,9 @@ from tqdm.auto import tqdm
 
 from mmalign.data.files import atomic_path, list_shards
 from mmalign.data.schema import BadRow
+from mmalign.pipelines._cached import identify
 from mmalign.pipelines._evaluation import resolve_device
-from mmalign.pipelines._shards import Record, Share, batches, go_through
+from mmalign.pipelines._shards import Record, Seen, Share, batches, go_through
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import unique_names
 from mmalign.scoring import BatchedReward
@@ -39,16 +39,18 @@ def score_shards(config: ScoreConfig, rewards: Sequence[RewardConfig]) -> None:
     output = Path(config.output).expanduser()
     device = resolve_device("auto")
 
-    @cache
-    def loaded() -> dict[str, BatchedReward]:
-        found = load_rewards(rewards, device)
-        names = unique_names(found)
-        return {n: BatchedReward(reward) for n, (reward, _) in zip(names, found, strict=True)}
+    loaded = load_rewards(rewards, device)
+    found = dict(zip(unique_names(loaded), loaded, strict=True))
+    batched = {name: BatchedReward(reward) for name, (reward, _) in found.items()}
 
-    def work(shard: Path, advance: Callable[[int], object]) -> Record:
-        return _score(config, shard, output / f"{shard.stem}.parquet", loaded(), advance)
+    def work(shard: Path, seen: Seen, advance: Callable[[int], object]) -> Record:
+        return _score(config, shard, output / f"{shard.stem}.parquet", batched, advance)
 
-    settings = {"rewards": [[r.name, r.options] for r in rewards], "max_pixels": config.max_pixels}
+    settings = {
+        "job": "score",
+        "max_pixels": config.max_pixels,
+        "rewards": {name: identify(*one) for name, one in found.items()},
+    }
     share = Share.of(config.shard, config.num_shards)
     records = go_through(shards, output, settings, share, work)
     if records is None:
