@@ -50,10 +50,9 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
         processes have not done theirs; and this process's share.
 
     Raises:
-        InputError: for options that need all scores at once, shards that cannot be read, bad rows
-            under `stop`, or a bad score.
+        InputError: for shards that cannot be read or are in the output folder, bad rows under
+            `stop`, or a bad score.
     """
-    _refuse_whole(config, scorer.configs)
     shards = list_shards(str(config.images))
     output = as_path(config.output)
     if any(shard.resolve().parent == output.resolve() for shard in shards):
@@ -109,8 +108,12 @@ class Pair(NamedTuple):
     worst: int
 
 
-def _refuse_whole(config: PairsBuildConfig, rewards: Mapping[str, RewardConfig]) -> None:
-    """Refuse what normalizes over the scores of all shards."""
+def refuse_whole(config: PairsBuildConfig, rewards: Mapping[str, RewardConfig]) -> None:
+    """Refuse what normalizes over the scores of all shards.
+
+    Raises:
+        InputError: for a combination or a reward that does.
+    """
     if config.combine == "gdpo":
         raise InputError(
             "combine: gdpo is normalized over all scores, which shards never see together;"

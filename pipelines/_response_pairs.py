@@ -21,7 +21,7 @@ from mmalign.data.schema import RowError, content_hash
 from mmalign.data.selection import select_pairs
 from mmalign.pipelines._cached import CachedReward, hits, saved
 from mmalign.pipelines._evaluation import resolve_device
-from mmalign.pipelines._pairing import scores_of_each
+from mmalign.pipelines._pairing import check_rules, scores_of_each
 from mmalign.pipelines._responses import SCORES, Answered, read_responses, score_responses
 from mmalign.pipelines._scores import reward_key
 from mmalign.rewards import load_reward
@@ -57,6 +57,7 @@ def build_response_pairs(config: PairsBuildConfig) -> list[dict[str, Any]]:
         InputError: if rows or rewards are unusable, or no pair results.
     """
     rewards = _rewards(config)
+    check_rules(config, rewards)
     limit = PairsConfig().max_pixels
     answers = read_responses(
         str(config.responses), config.images, on_bad_row=config.on_bad_row, max_pixels=limit

@@ -34,8 +34,8 @@ from mmalign.pipelines._candidates import (
     sample_missing,
 )
 from mmalign.pipelines._evaluation import resolve_device
-from mmalign.pipelines._pair_shards import pair_shards
-from mmalign.pipelines._pairing import scores_of_each
+from mmalign.pipelines._pair_shards import pair_shards, refuse_whole
+from mmalign.pipelines._pairing import check_rules, scores_of_each
 from mmalign.pipelines._response_pairs import build_response_pairs
 from mmalign.pipelines._scores import ScoreLog, Scorer, bad_images, reward_key, score_groups
 from mmalign.processes import launched, world_size
@@ -81,6 +81,8 @@ def run(config: PairsBuildConfig) -> None:
 
 def _build_shards(config: PairsBuildConfig) -> None:
     configs = _configs(config, None)
+    check_rules(config, configs)
+    refuse_whole(config, configs)
     scorer = _scorer(configs, config, None, resolve_device(config.device))
     records, share = pair_shards(config, scorer)
     if records is None:
@@ -122,6 +124,7 @@ def build_pairs(
         config = replace(config, shard=shard, num_shards=num_shards)
     _check(config)
     configs = _configs(config, reward)
+    check_rules(config, configs)
     device = resolve_device(config.device)
     bad_rows: list[BadRow] = []
     if config.images is None:
@@ -149,7 +152,6 @@ def _check(config: PairsBuildConfig) -> None:
         raise InputError(f"shard {config.shard} is not in 0 ... {config.num_shards - 1}")
     if config.images is None and config.candidates_per_prompt < 2:
         raise InputError("candidates_per_prompt must be at least 2 to make a pair")
-    select_pairs([0.0, 1.0], rule=config.rule, min_gap=config.min_gap, top_k=config.top_k)
 
 
 def _adapter(config: PairsBuildConfig, given: ImageAdapter | None, device: str) -> ImageAdapter:
