@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mmalign.types import Modality, Response, Reward, TextReward
 
 SAVED_EVERY = 256
-"""New scores between two savings of the cache: what a crash may cost."""
 
 
 class CachedReward:
@@ -35,7 +34,11 @@ class CachedReward:
     """
 
     def __init__(
-        self, reward: Reward | TextReward, config: RewardConfig, folder: str | None = None
+        self,
+        reward: Reward | TextReward,
+        config: RewardConfig,
+        folder: str | None = None,
+        saved_every: int = SAVED_EVERY,
     ) -> None:
         """Open the cache.
 
@@ -43,12 +46,13 @@ class CachedReward:
             reward: the reward that `config` names, loaded.
             config: its name, options and batch size.
             folder: folder of the cache; None keeps nothing.
+            saved_every: new scores between two savings of the cache: what a crash may cost.
 
         Raises:
             InputError: if the folder cannot be written, or a file of the reward cannot be read.
         """
         self._batched = BatchedReward(reward, config.batch_size)
-        self._unsaved = 0
+        self._unsaved, self._saved_every = 0, saved_every
         self.cache = None if folder is None else _open(reward, config, as_path(folder))
 
     def __call__(
@@ -75,7 +79,7 @@ class CachedReward:
                 scores = self._batched(chosen, asked, called).tolist()
             self.cache.put({keys[i]: s for i, s in zip(missing, scores, strict=True)})
             self._unsaved += len(missing)
-            if self._unsaved >= SAVED_EVERY:
+            if self._unsaved >= self._saved_every:
                 self.save()
             for index, score in zip(missing, scores, strict=True):
                 found[index] = score
@@ -141,13 +145,20 @@ def identify(reward: Reward | TextReward, config: RewardConfig) -> dict[str, Any
         raise InputError(f"reward {config.name}: cannot read its files: {error}") from error
 
 
+def may_be_kept(reward: Reward | TextReward, identity: Mapping[str, Any]) -> bool:
+    """Tell whether scores may go into a cache, and say so where they may not."""
+    if identity["fingerprint"] is not None:
+        return True
+    tqdm.write(
+        f"reward {reward.name}: its scores are not cached, since the same sample may get "
+        "another score next time"
+    )
+    return False
+
+
 def _open(reward: Reward | TextReward, config: RewardConfig, folder: Path) -> ScoreCache | None:
     identity = identify(reward, config)
-    if identity["fingerprint"] is None:
-        tqdm.write(
-            f"reward {reward.name}: its scores are not cached, since the same sample may get "
-            "another score next time"
-        )
+    if not may_be_kept(reward, identity):
         return None
     return ScoreCache(folder, config.name, identity)
 

@@ -18,16 +18,14 @@ from mmalign.data.schema import BadRow, content_hash
 from mmalign.data.selection import select_pairs
 from mmalign.data.webdataset import Member, WebdatasetPairs
 from mmalign.data.writers import write_shard
-from mmalign.pipelines._cached import identify
 from mmalign.pipelines._pairing import scores_of_each
 from mmalign.pipelines._shards import Record, Seen, Share, batches, go_through
 from mmalign.rewards.combine import combine_scores
-from mmalign.scoring import BatchedReward
 from mmalign.types import InputError, PreferencePair
 
 if TYPE_CHECKING:
     from mmalign.config import PairsBuildConfig, RewardConfig
-    from mmalign.pipelines._scores import Scorer
+    from mmalign.pipelines._shard_rewards import ShardRewards
 
 MAX_PIXELS = PairsConfig().max_pixels
 
@@ -42,8 +40,15 @@ class Scored(NamedTuple):
     scores: tuple[float, ...]
 
 
-def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] | None, Share]:
+def pair_shards(
+    config: PairsBuildConfig, configs: Mapping[str, RewardConfig], rewards: ShardRewards
+) -> tuple[list[Record] | None, Share]:
     """Pair the candidates of this process's shards.
+
+    Args:
+        config: shards, output, and the rule of pairing.
+        configs: of the rewards, by key.
+        rewards: score the candidates; same keys.
 
     Returns:
         A record per shard (`rows`, `skipped`, `pairs`, `prompts_without`), None as long as other
@@ -57,13 +62,14 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
     output = as_path(config.output)
     if any(shard.resolve().parent == output.resolve() for shard in shards):
         raise InputError(f"output: {output} has the shards themselves: choose another folder")
-    batched = {name: BatchedReward(reward) for name, reward in scorer.rewards.items()}
+    size = min(c.batch_size for c in configs.values())
 
     def work(shard: Path, seen: Seen, advance: Callable[[int], object]) -> Record:
         bad: list[BadRow] = []
-        found = _score(config, shard, scorer, batched, bad, advance)
-        groups = _groups(config, scorer.configs, found)
-        pairs = list(_pairs(config, scorer.configs, groups))
+        with rewards.shard(seen.hash):
+            found = _score(config, shard, rewards, size, bad, advance)
+        groups = _groups(config, configs, found)
+        pairs = list(_pairs(config, configs, groups))
         if pairs:
             write_shard(_read(shard, pairs), output / shard.name)
         else:
@@ -77,20 +83,22 @@ def pair_shards(config: PairsBuildConfig, scorer: Scorer) -> tuple[list[Record] 
         }
 
     share = Share.of(config.shard, config.num_shards)
-    return go_through(shards, output, _settings(config, scorer), share, work), share
+    return go_through(shards, output, _settings(config, configs, rewards), share, work), share
 
 
-def _settings(config: PairsBuildConfig, scorer: Scorer) -> Record:
+def _settings(
+    config: PairsBuildConfig, configs: Mapping[str, RewardConfig], rewards: ShardRewards
+) -> Record:
     """Name all that the pairs of a shard depend on."""
-    rewards = {
+    used = {
         key: {
             **{name: getattr(c, name) for name in ("weight", "normalize", "eval_only")},
-            **identify(scorer.rewards[key], c),
+            **rewards.identities[key],
         }
-        for key, c in scorer.configs.items()
+        for key, c in configs.items()
     }
     rules = {name: getattr(config, name) for name in ("combine", "rule", "min_gap", "top_k")}
-    return {"job": "pairs build", **rules, "rewards": rewards}
+    return {"job": "pairs build", **rules, "rewards": used}
 
 
 class Group(NamedTuple):
@@ -130,27 +138,22 @@ def refuse_whole(config: PairsBuildConfig, rewards: Mapping[str, RewardConfig]) 
 def _score(
     config: PairsBuildConfig,
     shard: Path,
-    scorer: Scorer,
-    rewards: Mapping[str, BatchedReward],
+    rewards: ShardRewards,
+    size: int,
     bad: list[BadRow],
     advance: Callable[[int], object],
 ) -> list[Scored]:
     found: list[Scored] = []
-    size = min(config.batch_size for config in scorer.configs.values())
-    with torch.no_grad():
-        for rows, images in batches(
-            shard, size=size, max_pixels=MAX_PIXELS, on_bad_row=config.on_bad_row, bad=bad
-        ):
-            prompts, names = [row.prompt for row in rows], [row.image.where for row in rows]
-            samples = images.to(scorer.device)
-            columns = [
-                reward(samples, prompts, names).double().tolist() for reward in rewards.values()
-            ]
-            for row, *scores in zip(rows, *columns, strict=True):
-                assert isinstance(row.image.data, bytes)
-                digest = content_hash(row.image.data)
-                found.append(Scored(row.key, row.prompt, row.member, digest, tuple(scores)))
-            advance(len(rows))
+    for rows, images in batches(
+        shard, size=size, max_pixels=MAX_PIXELS, on_bad_row=config.on_bad_row, bad=bad
+    ):
+        prompts, names = [row.prompt for row in rows], [row.image.where for row in rows]
+        columns = rewards(images, prompts, names).values()
+        for row, *scores in zip(rows, *columns, strict=True):
+            assert isinstance(row.image.data, bytes)
+            digest = content_hash(row.image.data)
+            found.append(Scored(row.key, row.prompt, row.member, digest, tuple(scores)))
+        advance(len(rows))
     return found
 
 

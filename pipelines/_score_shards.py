@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from tqdm.auto import tqdm
 
 from mmalign.data.files import atomic_path, list_shards
 from mmalign.data.schema import BadRow
-from mmalign.pipelines._cached import identify
 from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._shard_rewards import ShardRewards
 from mmalign.pipelines._shards import Record, Seen, Share, batches, go_through
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import unique_names
-from mmalign.scoring import BatchedReward
 
 if TYPE_CHECKING:
     from mmalign.config import RewardConfig, ScoreConfig
@@ -41,24 +39,26 @@ def score_shards(config: ScoreConfig, rewards: Sequence[RewardConfig]) -> None:
 
     loaded = load_rewards(rewards, device)
     found = dict(zip(unique_names(loaded), loaded, strict=True))
-    batched = {name: BatchedReward(reward) for name, (reward, _) in found.items()}
+    scorer = ShardRewards(found, device, config.cache)
 
     def work(shard: Path, seen: Seen, advance: Callable[[int], object]) -> Record:
-        return _score(config, shard, output / f"{shard.stem}.parquet", batched, advance)
+        with scorer.shard(seen.hash):
+            return _score(config, shard, output / f"{shard.stem}.parquet", scorer, advance)
 
     settings = {
         "job": "score",
         "max_pixels": config.max_pixels,
-        "rewards": {name: identify(*one) for name, one in found.items()},
+        "rewards": scorer.identities,
     }
     share = Share.of(config.shard, config.num_shards)
     records = go_through(shards, output, settings, share, work)
     if records is None:
-        tqdm.write(f"process {share.process} of {share.processes} is done; others are not yet")
+        done = f"process {share.process} of {share.processes} is done{scorer.said()}"
+        tqdm.write(f"{done}; others are not yet")
         return
     tqdm.write(totals_table(records))
     counts = (sum(record[name] for record in records) for name in ("rows", "skipped"))
-    tqdm.write("{} images scored, {} skipped: {}".format(*counts, output))
+    tqdm.write("{} images scored, {} skipped{}: {}".format(*counts, scorer.said(), output))
 
 
 def totals_table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -79,17 +79,16 @@ def _score(
     config: ScoreConfig,
     shard: Path,
     file: Path,
-    rewards: Mapping[str, BatchedReward],
+    scorer: ShardRewards,
     advance: Callable[[int], object],
 ) -> Record:
     """Score a shard into a file; its record has sum, least and largest score by reward."""
-    device = resolve_device("auto")
     bad: list[BadRow] = []
-    stats = {name: [0.0, float("inf"), float("-inf")] for name in rewards}
+    stats = {name: [0.0, float("inf"), float("-inf")] for name in scorer.identities}
     text = [("file_name", pa.string()), ("prompt", pa.string())]
-    schema = pa.schema([*text, *((name, pa.float64()) for name in rewards)])
+    schema = pa.schema([*text, *((name, pa.float64()) for name in scorer.identities)])
     count = 0
-    with atomic_path(file) as temporary, _Table(temporary, schema) as table, torch.no_grad():
+    with atomic_path(file) as temporary, _Table(temporary, schema) as table:
         for rows, images in batches(
             shard,
             size=config.batch_size,
@@ -102,8 +101,7 @@ def _score(
                 "file_name": [row.member.name for row in rows],
                 "prompt": prompts,
             }
-            for name, reward in rewards.items():
-                scores = reward(images.to(device), prompts, names).double().tolist()
+            for name, scores in scorer(images, prompts, names).items():
                 total, low, high = stats[name]
                 stats[name] = [total + sum(scores), min(low, *scores), max(high, *scores)]
                 columns[name] = scores

@@ -38,6 +38,7 @@ from mmalign.pipelines._pair_shards import pair_shards, refuse_whole
 from mmalign.pipelines._pairing import check_rules, scores_of_each
 from mmalign.pipelines._response_pairs import build_response_pairs
 from mmalign.pipelines._scores import ScoreLog, Scorer, bad_images, reward_key, score_groups
+from mmalign.pipelines._shard_rewards import ShardRewards
 from mmalign.processes import launched, world_size
 from mmalign.rewards import load_reward
 from mmalign.rewards.combine import combine_scores
@@ -83,18 +84,21 @@ def _build_shards(config: PairsBuildConfig) -> None:
     configs = _configs(config, None)
     check_rules(config, configs)
     refuse_whole(config, configs)
-    scorer = _scorer(configs, config, None, resolve_device(config.device))
-    records, share = pair_shards(config, scorer)
+    device = resolve_device(config.device)
+    loaded = {key: (load_reward(c, device), c) for key, c in configs.items()}
+    rewards = ShardRewards(loaded, device, config.cache)
+    records, share = pair_shards(config, configs, rewards)
     if records is None:
-        tqdm.write(f"process {share.process} of {share.processes} is done; others are not yet")
+        done = f"process {share.process} of {share.processes} is done{rewards.said()}"
+        tqdm.write(f"{done}; others are not yet")
         return
     names = ("pairs", "rows", "skipped", "prompts_without")
     pairs, rows, skipped, without = (sum(record[name] for record in records) for name in names)
     if not pairs:
         raise InputError(f"no pairs: no prompt of {rows} images has two whose scores differ enough")
     tqdm.write(
-        f"{pairs} pairs of {rows} images in {config.output}, {skipped} images skipped; {without}"
-        " prompts without two candidates that differ enough"
+        f"{pairs} pairs of {rows} images in {config.output}, {skipped} images skipped"
+        f"{rewards.said()}; {without} prompts without two candidates that differ enough"
     )
 
 
