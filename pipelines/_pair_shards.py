@@ -1,4 +1,4 @@
-"""Pairs from webdataset shards of candidates: one shard of pairs for each.
+"""Pairs from webdataset shards of candidates: one shard of pairs, and a table of scores, for each.
 
 The candidates of a prompt have to be in the same shard. Scores and places of a shard's images are
 held, their bytes are not: those of the pairs are read again.
@@ -6,19 +6,20 @@ held, their bytes are not: those of the pairs are read again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from mmalign.config import PairsConfig, as_path
-from mmalign.data.files import list_shards
+from mmalign.data.files import atomic_path, list_shards
 from mmalign.data.schema import BadRow, content_hash
 from mmalign.data.selection import select_pairs
 from mmalign.data.webdataset import Member, WebdatasetPairs
 from mmalign.data.writers import write_shard
 from mmalign.pipelines._pairing import scores_of_each
+from mmalign.pipelines._shard_table import FILE_NAME, PROMPT, ShardTable, escaped
 from mmalign.pipelines._shards import Record, Seen, Share, batches, go_through
 from mmalign.rewards.combine import combine_scores
 from mmalign.types import InputError, PreferencePair
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from mmalign.pipelines._shard_rewards import ShardRewards
 
 MAX_PIXELS = PairsConfig().max_pixels
+SCORES = "scores"
+TOTAL = "score"
 
 
 class Scored(NamedTuple):
@@ -68,7 +71,9 @@ def pair_shards(
         bad: list[BadRow] = []
         with rewards.shard(seen.hash):
             found = _score(config, shard, rewards, size, bad, advance)
-        groups = _groups(config, configs, found)
+        totals = _totals(config, configs, found)
+        _write_scores(output / SCORES / f"{shard.stem}.parquet", configs, found, totals)
+        groups = _groups(found, totals)
         pairs = list(_pairs(config, configs, groups))
         if pairs:
             write_shard(_read(shard, pairs), output / shard.name)
@@ -157,16 +162,33 @@ def _score(
     return found
 
 
-def _groups(
-    config: PairsBuildConfig, rewards: Mapping[str, RewardConfig], found: Sequence[Scored]
-) -> list[Group]:
-    """Combine the rewards, and gather the candidates of each prompt; a picture counts once."""
+def _totals(
+    config: PairsBuildConfig, configs: Mapping[str, RewardConfig], found: Sequence[Scored]
+) -> list[float]:
+    """Combine the rewards of every candidate."""
     if not found:
         return []
     columns = torch.tensor([row.scores for row in found], dtype=torch.float64).T
-    raw = dict(zip(rewards, columns, strict=True))
+    raw = dict(zip(configs, columns, strict=True))
     prompts = [row.prompt for row in found]
-    totals = combine_scores(raw, rewards, prompts, config.combine).total.tolist()
+    return combine_scores(raw, configs, prompts, config.combine).total.tolist()
+
+
+def _write_scores(
+    file: Path, rewards: Iterable[str], found: Sequence[Scored], totals: Sequence[float]
+) -> None:
+    """Write the scores of every candidate, those by rewards that choose no pair included."""
+    names = [TOTAL, *rewards]
+    with atomic_path(file) as temporary, ShardTable(temporary, names) as table:
+        for row, total in zip(found, totals, strict=True):
+            scores = {
+                name: [score] for name, score in zip(names, (total, *row.scores), strict=True)
+            }
+            table.add({FILE_NAME: [row.member.name], PROMPT: [row.prompt], **scores})
+
+
+def _groups(found: Sequence[Scored], totals: Sequence[float]) -> list[Group]:
+    """Gather the candidates of each prompt; a picture counts once."""
     groups: dict[str, dict[bytes, tuple[Scored, float]]] = {}
     for row, total in zip(found, totals, strict=True):
         groups.setdefault(row.prompt, {}).setdefault(row.digest, (row, total))
@@ -193,7 +215,7 @@ def _read(shard: Path, pairs: Sequence[Pair]) -> Iterator[PreferencePair]:
     source = WebdatasetPairs([shard])
     for (rows, totals), best, worst in pairs:
         yield PreferencePair(
-            pair_id=f"{shard.stem}/{rows[best].key}/{rows[worst].key}",
+            pair_id=escaped(f"{shard.stem}/{rows[best].key}/{rows[worst].key}"),
             prompt=rows[best].prompt,
             chosen=source.image(rows[best].member),
             rejected=source.image(rows[worst].member),

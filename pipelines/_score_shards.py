@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from mmalign.data.files import atomic_path, list_shards
 from mmalign.data.schema import BadRow
 from mmalign.pipelines._evaluation import resolve_device
 from mmalign.pipelines._shard_rewards import ShardRewards
+from mmalign.pipelines._shard_table import FILE_NAME, PROMPT, ShardTable
 from mmalign.pipelines._shards import Record, Seen, Share, batches, go_through
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import unique_names
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from mmalign.config import RewardConfig, ScoreConfig
 
 LISTED = 5
-ROW_GROUP = 8192
 logger = logging.getLogger(__name__)
 
 
@@ -85,10 +83,8 @@ def _score(
     """Score a shard into a file; its record has sum, least and largest score by reward."""
     bad: list[BadRow] = []
     stats = {name: [0.0, float("inf"), float("-inf")] for name in scorer.identities}
-    text = [("file_name", pa.string()), ("prompt", pa.string())]
-    schema = pa.schema([*text, *((name, pa.float64()) for name in scorer.identities)])
     count = 0
-    with atomic_path(file) as temporary, _Table(temporary, schema) as table:
+    with atomic_path(file) as temporary, ShardTable(temporary, scorer.identities) as table:
         for rows, images in batches(
             shard,
             size=config.batch_size,
@@ -98,8 +94,8 @@ def _score(
         ):
             prompts, names = [row.prompt for row in rows], [row.image.where for row in rows]
             columns: dict[str, list[Any]] = {
-                "file_name": [row.member.name for row in rows],
-                "prompt": prompts,
+                FILE_NAME: [row.member.name for row in rows],
+                PROMPT: prompts,
             }
             for name, scores in scorer(images, prompts, names).items():
                 total, low, high = stats[name]
@@ -112,28 +108,3 @@ def _score(
         some = "; ".join(map(str, bad[:LISTED]))
         logger.warning("%s: %d rows skipped, among them: %s", shard, len(bad), some)
     return {"rows": count, "skipped": len(bad), "rewards": stats if count else {}}
-
-
-class _Table:
-    """A parquet file written in row groups, so that a shard of any size takes little memory."""
-
-    def __init__(self, file: Path, schema: pa.Schema) -> None:
-        self._writer, self._schema = pq.ParquetWriter(file, schema), schema
-        self._columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-
-    def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        for name, values in columns.items():
-            self._columns[name] += values
-        if len(self._columns["prompt"]) >= ROW_GROUP:
-            self._flush()
-
-    def __enter__(self) -> _Table:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.table(self._columns, schema=self._schema))
-        self._columns = {name: [] for name in self._columns}

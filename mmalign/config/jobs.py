@@ -27,7 +27,7 @@ class PairsBuildConfig(ModelConfig, CandidatesConfig):
         responses: file of answers to questions about images (.jsonl, .json or .parquet, as `score`
             writes it), to be paired instead of images; rewards then are those of answers.
         output: folder that receives candidates, scores and `metadata.jsonl`; with `responses`,
-            `pairs.jsonl` and images; of shards, one shard of pairs for each.
+            `pairs.jsonl` and images; of shards, one shard of pairs for each, and its scores.
         cache: folder of scores by image and prompt, shared with other runs and with `score`; of
             shards, with runs over the same shards.
         num_shards: processes that share the work; the launcher's own number when 1.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torch import Tensor
@@ -90,6 +91,24 @@ def test_shards_pair_what_a_folder_pairs(
     assert found == expected
     if combine == "rank":
         assert all(abs(row[3].expected) <= 1 for row in found)
+
+
+def test_scores_of_rewards_that_choose_nothing_are_written_down(
+    pictures: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, shards = pictures
+    rewards = [channel(0), channel(2, eval_only=True)]
+    options: dict[str, Any] = {"combine": "rank", "rewards": rewards}
+    pairs(folder, tmp_path / "of-folder", **options)
+    pairs(shards, tmp_path / "of-shards", **options)
+    lines = (tmp_path / "of-folder" / "scores.jsonl").read_text().splitlines()
+    (file,) = (tmp_path / "of-shards" / "scores").iterdir()
+    assert file.name == "000000.parquet"
+    found = pq.read_table(file).to_pylist()
+    assert found == [json.loads(line) for line in lines]
+    assert list(found[0])[:3] == ["file_name", "prompt", "score"]
+    blue = [row[list(row)[4]] for row in found]
+    assert blue == pytest.approx([c[2] / 255 for colors in COLORS.values() for c in colors])
 
 
 def test_what_normalizes_over_all_scores_is_refused(

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -191,3 +192,21 @@ def test_results_of_the_first_layout_and_damaged_ones_are_refused(
         (output / "settings.json").write_text(json.dumps(settings))
         with pytest.raises(InputError, match="results of another version of mmalign"):
             scores(shards, output)
+
+
+def test_names_that_are_not_unicode_are_escaped(tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    with tarfile.open(tmp_path / "odd" / "0.tar", "w") as archive:
+        for level in (10, 200):
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), (level, level, level)).save(buffer, "PNG")
+            key = f"{level}\udcff"
+            for name, data in ((f"{key}.png", buffer.getvalue()), (f"{key}.txt", b"p")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    scores(tmp_path / "odd", tmp_path / "scores")
+    pairs(tmp_path / "odd", tmp_path / "pairs")
+    for file in (tmp_path / "scores" / "0.parquet", tmp_path / "pairs" / "scores" / "0.parquet"):
+        rows = pq.read_table(file).to_pylist()
+        assert [row["file_name"] for row in rows] == [r"10\udcff.png", r"200\udcff.png"]
