@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mmalign.config import as_path
 from mmalign.data.score_cache import ScoreCache, image_key, response_key
 from mmalign.rewards import load_rewards
-from mmalign.rewards._identity import reward_identity
+from mmalign.rewards._identity import describe_reward
 from mmalign.rewards.combine import unique_names
 from mmalign.scoring import BatchedReward
 from mmalign.types import InputError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mmalign.types import Modality, Response, Reward, TextReward
 
 SAVED_EVERY = 256
-"""New scores between two savings of the cache: what a crash may cost."""
 
 
 class CachedReward:
@@ -35,7 +34,11 @@ class CachedReward:
     """
 
     def __init__(
-        self, reward: Reward | TextReward, config: RewardConfig, folder: str | None = None
+        self,
+        reward: Reward | TextReward,
+        config: RewardConfig,
+        folder: str | None = None,
+        saved_every: int = SAVED_EVERY,
     ) -> None:
         """Open the cache.
 
@@ -43,12 +46,13 @@ class CachedReward:
             reward: the reward that `config` names, loaded.
             config: its name, options and batch size.
             folder: folder of the cache; None keeps nothing.
+            saved_every: new scores between two savings of the cache: what a crash may cost.
 
         Raises:
             InputError: if the folder cannot be written, or a file of the reward cannot be read.
         """
         self._batched = BatchedReward(reward, config.batch_size)
-        self._unsaved = 0
+        self._unsaved, self._saved_every = 0, saved_every
         self.cache = None if folder is None else _open(reward, config, as_path(folder))
 
     def __call__(
@@ -75,7 +79,7 @@ class CachedReward:
                 scores = self._batched(chosen, asked, called).tolist()
             self.cache.put({keys[i]: s for i, s in zip(missing, scores, strict=True)})
             self._unsaved += len(missing)
-            if self._unsaved >= SAVED_EVERY:
+            if self._unsaved >= self._saved_every:
                 self.save()
             for index, score in zip(missing, scores, strict=True):
                 found[index] = score
@@ -129,16 +133,32 @@ def hits(rewards: Mapping[str, CachedReward]) -> str:
     return f", {sum(c.hits for c in caches)} scores from the cache"
 
 
-def _open(reward: Reward | TextReward, config: RewardConfig, folder: Path) -> ScoreCache | None:
+def identify(reward: Reward | TextReward, config: RewardConfig) -> dict[str, Any]:
+    """Describe a reward: with another description its scores may be others.
+
+    Raises:
+        InputError: if a file of the reward cannot be read.
+    """
     try:
-        identity = reward_identity(config, reward)
+        return describe_reward(config, reward)
     except OSError as error:
         raise InputError(f"reward {config.name}: cannot read its files: {error}") from error
-    if identity is None:
-        tqdm.write(
-            f"reward {reward.name}: its scores are not cached, since the same sample may get "
-            "another score next time"
-        )
+
+
+def may_be_kept(reward: Reward | TextReward, identity: Mapping[str, Any]) -> bool:
+    """Tell whether scores may go into a cache, and say so where they may not."""
+    if identity["fingerprint"] is not None:
+        return True
+    tqdm.write(
+        f"reward {reward.name}: its scores are not cached, since the same sample may get "
+        "another score next time"
+    )
+    return False
+
+
+def _open(reward: Reward | TextReward, config: RewardConfig, folder: Path) -> ScoreCache | None:
+    identity = identify(reward, config)
+    if not may_be_kept(reward, identity):
         return None
     return ScoreCache(folder, config.name, identity)
 

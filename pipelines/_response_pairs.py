@@ -21,6 +21,7 @@ from mmalign.data.schema import RowError, content_hash
 from mmalign.data.selection import select_pairs
 from mmalign.pipelines._cached import CachedReward, hits, saved
 from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._pairing import check_rules, scores_of_each
 from mmalign.pipelines._responses import SCORES, Answered, read_responses, score_responses
 from mmalign.pipelines._scores import reward_key
 from mmalign.rewards import load_reward
@@ -56,6 +57,7 @@ def build_response_pairs(config: PairsBuildConfig) -> list[dict[str, Any]]:
         InputError: if rows or rewards are unusable, or no pair results.
     """
     rewards = _rewards(config)
+    check_rules(config, rewards)
     limit = PairsConfig().max_pixels
     answers = read_responses(
         str(config.responses), config.images, on_bad_row=config.on_bad_row, max_pixels=limit
@@ -132,17 +134,13 @@ def _pairs(
     without = 0
     for members in list(groups.values())[: config.num_prompts]:
         places = [place for text, place in members.items() if text]
-        each = [
-            [math.copysign(1, reward.weight) * float(pool.raw[key][place]) for place in places]
-            for key, reward in rewards.items()
-            if not reward.eval_only and reward.weight
-        ]
+        raw = {key: [float(scores[place]) for place in places] for key, scores in pool.raw.items()}
         pairs = select_pairs(
             [pool.totals[place] for place in places],
             rule=config.rule,
             min_gap=config.min_gap,
             top_k=config.top_k,
-            each=each,
+            each=scores_of_each(rewards, raw),
         )
         without += not pairs
         rows += [_row(pool, places[best], places[worst], output) for best, worst in pairs]

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 from tqdm.auto import tqdm
 
 from mmalign.data.files import atomic_path, list_shards
 from mmalign.data.schema import BadRow
 from mmalign.pipelines._evaluation import resolve_device
-from mmalign.pipelines._shards import Record, Share, batches, go_through
+from mmalign.pipelines._shard_rewards import ShardRewards
+from mmalign.pipelines._shard_table import FILE_NAME, PROMPT, ShardTable
+from mmalign.pipelines._shards import Record, Seen, Share, batches, go_through
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import unique_names
-from mmalign.scoring import BatchedReward
 
 if TYPE_CHECKING:
     from mmalign.config import RewardConfig, ScoreConfig
 
 LISTED = 5
-ROW_GROUP = 8192
 logger = logging.getLogger(__name__)
 
 
@@ -39,24 +35,28 @@ def score_shards(config: ScoreConfig, rewards: Sequence[RewardConfig]) -> None:
     output = Path(config.output).expanduser()
     device = resolve_device("auto")
 
-    @cache
-    def loaded() -> dict[str, BatchedReward]:
-        found = load_rewards(rewards, device)
-        names = unique_names(found)
-        return {n: BatchedReward(reward) for n, (reward, _) in zip(names, found, strict=True)}
+    loaded = load_rewards(rewards, device)
+    found = dict(zip(unique_names(loaded), loaded, strict=True))
+    scorer = ShardRewards(found, device, config.cache)
 
-    def work(shard: Path, advance: Callable[[int], object]) -> Record:
-        return _score(config, shard, output / f"{shard.stem}.parquet", loaded(), advance)
+    def work(shard: Path, seen: Seen, advance: Callable[[int], object]) -> Record:
+        with scorer.shard(seen.hash):
+            return _score(config, shard, output / f"{shard.stem}.parquet", scorer, advance)
 
-    settings = {"rewards": [[r.name, r.options] for r in rewards], "max_pixels": config.max_pixels}
+    settings = {
+        "job": "score",
+        "max_pixels": config.max_pixels,
+        "rewards": scorer.identities,
+    }
     share = Share.of(config.shard, config.num_shards)
     records = go_through(shards, output, settings, share, work)
     if records is None:
-        tqdm.write(f"process {share.process} of {share.processes} is done; others are not yet")
+        done = f"process {share.process} of {share.processes} is done{scorer.said()}"
+        tqdm.write(f"{done}; others are not yet")
         return
     tqdm.write(totals_table(records))
     counts = (sum(record[name] for record in records) for name in ("rows", "skipped"))
-    tqdm.write("{} images scored, {} skipped: {}".format(*counts, output))
+    tqdm.write("{} images scored, {} skipped{}: {}".format(*counts, scorer.said(), output))
 
 
 def totals_table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -77,17 +77,14 @@ def _score(
     config: ScoreConfig,
     shard: Path,
     file: Path,
-    rewards: Mapping[str, BatchedReward],
+    scorer: ShardRewards,
     advance: Callable[[int], object],
 ) -> Record:
     """Score a shard into a file; its record has sum, least and largest score by reward."""
-    device = resolve_device("auto")
     bad: list[BadRow] = []
-    stats = {name: [0.0, float("inf"), float("-inf")] for name in rewards}
-    text = [("file_name", pa.string()), ("prompt", pa.string())]
-    schema = pa.schema([*text, *((name, pa.float64()) for name in rewards)])
+    stats = {name: [0.0, float("inf"), float("-inf")] for name in scorer.identities}
     count = 0
-    with atomic_path(file) as temporary, _Table(temporary, schema) as table, torch.no_grad():
+    with atomic_path(file) as temporary, ShardTable(temporary, scorer.identities) as table:
         for rows, images in batches(
             shard,
             size=config.batch_size,
@@ -97,11 +94,10 @@ def _score(
         ):
             prompts, names = [row.prompt for row in rows], [row.image.where for row in rows]
             columns: dict[str, list[Any]] = {
-                "file_name": [row.member.name for row in rows],
-                "prompt": prompts,
+                FILE_NAME: [row.member.name for row in rows],
+                PROMPT: prompts,
             }
-            for name, reward in rewards.items():
-                scores = reward(images.to(device), prompts, names).double().tolist()
+            for name, scores in scorer(images, prompts, names).items():
                 total, low, high = stats[name]
                 stats[name] = [total + sum(scores), min(low, *scores), max(high, *scores)]
                 columns[name] = scores
@@ -112,28 +108,3 @@ def _score(
         some = "; ".join(map(str, bad[:LISTED]))
         logger.warning("%s: %d rows skipped, among them: %s", shard, len(bad), some)
     return {"rows": count, "skipped": len(bad), "rewards": stats if count else {}}
-
-
-class _Table:
-    """A parquet file written in row groups, so that a shard of any size takes little memory."""
-
-    def __init__(self, file: Path, schema: pa.Schema) -> None:
-        self._writer, self._schema = pq.ParquetWriter(file, schema), schema
-        self._columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-
-    def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        for name, values in columns.items():
-            self._columns[name] += values
-        if len(self._columns["prompt"]) >= ROW_GROUP:
-            self._flush()
-
-    def __enter__(self) -> _Table:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.table(self._columns, schema=self._schema))
-        self._columns = {name: [] for name in self._columns}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mmalign.data.files import read_jsonl, writing
 from mmalign.data.images import decode, hash_image, to_tensor
 from mmalign.data.schema import BadRow, RowError, content_hash
-from mmalign.pipelines._cached import CachedReward
+from mmalign.pipelines._cached import CachedReward, identify
 from mmalign.pipelines._candidates import MAX_PIXELS, Candidate, Group
 from mmalign.types import InputError
 
@@ -27,7 +27,7 @@ FOLDER = "scores"
 
 
 class Scored(NamedTuple):
-    """Scores of a candidate by reward key, or what is wrong with its image."""
+    """Scores of a candidate by a reward's name in the log, or what is wrong with its image."""
 
     image_hash: str
     scores: Mapping[str, float]
@@ -35,15 +35,40 @@ class Scored(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """Rewards by key, loaded when first needed, and how many images each takes at a time.
+    """Rewards by key: configured, loaded, and named in the logs by all that their scores depend on.
 
     `cache` is a folder of scores that other runs share.
     """
 
     configs: Mapping[str, RewardConfig]
-    load: Callable[[], Mapping[str, Reward]]
+    rewards: Mapping[str, Reward]
+    log_keys: Mapping[str, str]
     device: str
     cache: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        configs: Mapping[str, RewardConfig],
+        rewards: Mapping[str, Reward],
+        device: str,
+        cache: str | None = None,
+    ) -> Scorer:
+        """Name the rewards for the logs.
+
+        Raises:
+            InputError: if a file of a reward cannot be read.
+        """
+        names = {key: _log_key(key, rewards[key], config) for key, config in configs.items()}
+        return cls(configs, rewards, names, device, cache)
+
+    def knows(self, entry: Scored) -> bool:
+        """Tell whether every reward has scored a candidate, or none can."""
+        return entry.problem is not None or set(self.log_keys.values()) <= entry.scores.keys()
+
+    def scores(self, entry: Scored) -> dict[str, float]:
+        """Return the scores of a candidate that is known, by the rewards' keys."""
+        return {key: entry.scores[name] for key, name in self.log_keys.items()}
 
 
 class ScoreLog:
@@ -90,17 +115,23 @@ class ScoreLog:
 
 
 def reward_key(config: RewardConfig) -> str:
-    """Name a reward for the log: options count, weight and normalization are applied later."""
+    """Name a reward for tables: options count, weight and normalization are applied later."""
     if not config.options:
         return config.name
     options = json.dumps(config.options, sort_keys=True, default=str)
     return f"{config.name}-{content_hash(options.encode()).hex()[:8]}"
 
 
+def _log_key(key: str, reward: Reward, config: RewardConfig) -> str:
+    """Name a reward so that what changes its scores changes the name."""
+    identity = json.dumps(identify(reward, config), sort_keys=True, default=str)
+    return f"{key}@{content_hash(identity.encode()).hex()[:16]}"
+
+
 def score_groups(
     groups: Sequence[Group], scorer: Scorer, log: ScoreLog, on_bad_row: OnBadRow
 ) -> None:
-    """Score the candidates that are not scored yet, or whose image has changed.
+    """Score the candidates that are not scored yet, or whose image or reward has changed.
 
     A batch never spans two prompts, so scores depend neither on how prompts are shared among
     processes nor on where an earlier run stopped.
@@ -117,8 +148,8 @@ def score_groups(
                 continue
             if not rewards:
                 rewards = {
-                    key: CachedReward(reward, scorer.configs[key], scorer.cache)
-                    for key, reward in scorer.load().items()
+                    scorer.log_keys[key]: CachedReward(reward, scorer.configs[key], scorer.cache)
+                    for key, reward in scorer.rewards.items()
                 }
             log.append(_score_group(group, hashes, rewards, scorer.device, on_bad_row))
     finally:
@@ -138,9 +169,7 @@ def bad_images(groups: Sequence[Group], log: ScoreLog) -> list[BadRow]:
 
 def _is_done(log: ScoreLog, candidate: Candidate, image_hash: str, scorer: Scorer) -> bool:
     entry = log.known.get(candidate.name)
-    if entry is None or entry.image_hash != image_hash:
-        return False
-    return entry.problem is not None or scorer.configs.keys() <= entry.scores.keys()
+    return entry is not None and entry.image_hash == image_hash and scorer.knows(entry)
 
 
 def _score_group(

@@ -9,7 +9,6 @@ number of processes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +34,11 @@ from mmalign.pipelines._candidates import (
     sample_missing,
 )
 from mmalign.pipelines._evaluation import resolve_device
-from mmalign.pipelines._pair_shards import pair_shards
+from mmalign.pipelines._pair_shards import pair_shards, refuse_whole
+from mmalign.pipelines._pairing import check_rules, scores_of_each
 from mmalign.pipelines._response_pairs import build_response_pairs
 from mmalign.pipelines._scores import ScoreLog, Scorer, bad_images, reward_key, score_groups
+from mmalign.pipelines._shard_rewards import ShardRewards
 from mmalign.processes import launched, world_size
 from mmalign.rewards import load_reward
 from mmalign.rewards.combine import combine_scores
@@ -80,18 +81,24 @@ def run(config: PairsBuildConfig) -> None:
 
 
 def _build_shards(config: PairsBuildConfig) -> None:
-    scorer = _scorer(config, None, resolve_device(config.device))
-    records, share = pair_shards(config, scorer)
+    configs = _configs(config, None)
+    check_rules(config, configs)
+    refuse_whole(config, configs)
+    device = resolve_device(config.device)
+    loaded = {key: (load_reward(c, device), c) for key, c in configs.items()}
+    rewards = ShardRewards(loaded, device, config.cache)
+    records, share = pair_shards(config, configs, rewards)
     if records is None:
-        tqdm.write(f"process {share.process} of {share.processes} is done; others are not yet")
+        done = f"process {share.process} of {share.processes} is done{rewards.said()}"
+        tqdm.write(f"{done}; others are not yet")
         return
     names = ("pairs", "rows", "skipped", "prompts_without")
     pairs, rows, skipped, without = (sum(record[name] for record in records) for name in names)
     if not pairs:
         raise InputError(f"no pairs: no prompt of {rows} images has two whose scores differ enough")
     tqdm.write(
-        f"{pairs} pairs of {rows} images in {config.output}, {skipped} images skipped; {without}"
-        " prompts without two candidates that differ enough"
+        f"{pairs} pairs of {rows} images in {config.output}, {skipped} images skipped"
+        f"{rewards.said()}; {without} prompts without two candidates that differ enough"
     )
 
 
@@ -120,6 +127,8 @@ def build_pairs(
         shard, num_shards = launched()
         config = replace(config, shard=shard, num_shards=num_shards)
     _check(config)
+    configs = _configs(config, reward)
+    check_rules(config, configs)
     device = resolve_device(config.device)
     bad_rows: list[BadRow] = []
     if config.images is None:
@@ -129,7 +138,7 @@ def build_pairs(
     share = groups[config.shard :: config.num_shards]
     if config.images is None:
         sample_missing(share, config, lambda: _adapter(config, adapter, device))
-    scorer = _scorer(config, reward, device)
+    scorer = _scorer(configs, config, reward, device)
     log = ScoreLog(as_path(config.output), config.num_shards, config.shard)
     score_groups(share, scorer, log, config.on_bad_row)
     log.read()
@@ -147,7 +156,6 @@ def _check(config: PairsBuildConfig) -> None:
         raise InputError(f"shard {config.shard} is not in 0 ... {config.num_shards - 1}")
     if config.images is None and config.candidates_per_prompt < 2:
         raise InputError("candidates_per_prompt must be at least 2 to make a pair")
-    select_pairs([0.0, 1.0], rule=config.rule, min_gap=config.min_gap, top_k=config.top_k)
 
 
 def _adapter(config: PairsBuildConfig, given: ImageAdapter | None, device: str) -> ImageAdapter:
@@ -156,29 +164,33 @@ def _adapter(config: PairsBuildConfig, given: ImageAdapter | None, device: str) 
     return load_adapter(config, device=device, for_training=False)
 
 
-def _scorer(config: PairsBuildConfig, reward: Reward | None, device: str) -> Scorer:
+def _configs(config: PairsBuildConfig, reward: Reward | None) -> dict[str, RewardConfig]:
     if reward is not None:
-        given = {reward.name: reward}
-        return Scorer({reward.name: RewardConfig(name=reward.name)}, lambda: given, device)
+        return {reward.name: RewardConfig(name=reward.name)}
     configs = {reward_key(c): c for c in config.rewards}
     if all(c.eval_only for c in config.rewards):
         raise InputError("rewards is empty: at least one reward must rank the candidates")
     if len(configs) < len(config.rewards):
         raise InputError("rewards has the same reward with the same options twice")
-    return Scorer(
-        configs,
-        lambda: {key: load_reward(c, device) for key, c in configs.items()},
-        device,
-        config.cache,
-    )
+    return configs
+
+
+def _scorer(
+    configs: Mapping[str, RewardConfig],
+    config: PairsBuildConfig,
+    reward: Reward | None,
+    device: str,
+) -> Scorer:
+    """Load the rewards, also where all is scored: only then can be told that none has changed."""
+    if reward is not None:
+        return Scorer.of(configs, {reward.name: reward}, device)
+    loaded = {key: load_reward(c, device) for key, c in configs.items()}
+    return Scorer.of(configs, loaded, device, config.cache)
 
 
 def _is_complete(groups: Sequence[Group], log: ScoreLog, scorer: Scorer) -> bool:
     entries = [log.known.get(candidate.name) for group in groups for candidate in group]
-    return all(
-        entry is not None and (entry.problem or scorer.configs.keys() <= entry.scores.keys())
-        for entry in entries
-    )
+    return all(entry is not None and scorer.knows(entry) for entry in entries)
 
 
 def _write_pairs(
@@ -200,7 +212,7 @@ def _write_pairs(
         output / "scores.jsonl",
         [
             {"file_name": c.name, "prompt": c.prompt, "score": totals[c.name]}
-            | dict(log.known[c.name].scores)
+            | scorer.scores(log.known[c.name])
             for c in candidates
         ],
     )
@@ -212,8 +224,8 @@ def _totals(
     candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer, combine: Combination
 ) -> dict[str, float]:
     raw = {
-        key: torch.tensor([log.known[c.name].scores[key] for c in candidates], dtype=torch.float64)
-        for key in scorer.configs
+        key: torch.tensor(scores, dtype=torch.float64)
+        for key, scores in _raw(candidates, log, scorer).items()
     }
     prompts = [candidate.prompt for candidate in candidates]
     combined = combine_scores(raw, scorer.configs, prompts, combine).total
@@ -238,7 +250,7 @@ def _select(
             rule=config.rule,
             min_gap=config.min_gap,
             top_k=config.top_k,
-            each=_each(distinct, log, scorer) if config.rule == "pareto" else (),
+            each=scores_of_each(scorer.configs, _raw(distinct, log, scorer)),
         )
         without += not pairs
         for best, worst in pairs:
@@ -255,13 +267,10 @@ def _select(
     return Selected(rows, without)
 
 
-def _each(candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer) -> list[list[float]]:
-    """List the scores by each reward that takes part, turned so that higher is better."""
-    return [
-        [math.copysign(1, c.weight) * log.known[one.name].scores[key] for one in candidates]
-        for key, c in scorer.configs.items()
-        if not c.eval_only and c.weight
-    ]
+def _raw(candidates: Sequence[Candidate], log: ScoreLog, scorer: Scorer) -> dict[str, list[float]]:
+    """List the scores of candidates by reward."""
+    known = [scorer.scores(log.known[candidate.name]) for candidate in candidates]
+    return {key: [scores[key] for scores in known] for key in scorer.configs}
 
 
 def _place(candidate: Candidate, log: ScoreLog, config: PairsBuildConfig) -> str:

@@ -23,14 +23,11 @@ PREFIXES = ("local-dir:", "hf-hub:")
 
 
 def reward_identity(config: RewardConfig, reward: Reward | TextReward) -> dict[str, Any] | None:
-    """Describe a reward so that two with equal descriptions give equal scores.
+    """Describe a reward, as `describe_reward`, where its scores may be kept for other runs.
 
-    That is its name and options, the source file it is defined in, the version of this package, and
-    the contents of every file or folder that its options or defaults name; for a repository of the
-    hub, the commit that lies in the local cache.
-
-    A reward may have an attribute `fingerprint` that says the rest, such as the revision of a
-    server. None there means that equal samples may get other scores, as when people judge.
+    A reward may have an attribute `fingerprint` that says what else its scores depend on, such as
+    the revision of a server. None there means that equal samples may get other scores, as when
+    people judge.
 
     Returns:
         The description, or None where scores may not be kept.
@@ -38,15 +35,27 @@ def reward_identity(config: RewardConfig, reward: Reward | TextReward) -> dict[s
     Raises:
         OSError: if a file it names cannot be read.
     """
-    fingerprint = getattr(reward, "fingerprint", "")
-    if fingerprint is None:
+    if getattr(reward, "fingerprint", "") is None:
         return None
+    return describe_reward(config, reward)
+
+
+def describe_reward(config: RewardConfig, reward: Reward | TextReward) -> dict[str, Any]:
+    """Describe a reward so that two with equal descriptions are the same reward.
+
+    That is its name and options, its fingerprint, the source file it is defined in, the version of
+    this package, and the contents of every file or folder that its options or defaults name; for a
+    repository of the hub, the commit that lies in the local cache.
+
+    Raises:
+        OSError: if a file it names cannot be read.
+    """
     source = _source(reward)
     named = dict(_named(config.options)) | dict(_defaults(reward, config.options))
     return {
         "name": config.name,
         "options": config.options,
-        "fingerprint": fingerprint,
+        "fingerprint": getattr(reward, "fingerprint", ""),
         "mmalign": version("mmalign"),
         "code": None if source is None else _hash_path(source),
         "files": {text: state for text in sorted(named.values()) if (state := _state(text))},

@@ -27,8 +27,9 @@ class PairsBuildConfig(ModelConfig, CandidatesConfig):
         responses: file of answers to questions about images (.jsonl, .json or .parquet, as `score`
             writes it), to be paired instead of images; rewards then are those of answers.
         output: folder that receives candidates, scores and `metadata.jsonl`; with `responses`,
-            `pairs.jsonl` and images; of shards, one shard of pairs for each.
-        cache: folder of scores by image and prompt, shared with other runs and with `score`.
+            `pairs.jsonl` and images; of shards, one shard of pairs for each, and its scores.
+        cache: folder of scores by image and prompt, shared with other runs and with `score`; of
+            shards, with runs over the same shards.
         num_shards: processes that share the work; the launcher's own number when 1.
         shard: index of this process.
         on_bad_row: policy for unreadable images.
@@ -136,7 +137,8 @@ class ScoreConfig:
         output: .parquet or .jsonl file, with a column per reward; with `responses` .jsonl keeps the
             rows as they are and adds `scores`; of shards a folder with one per shard, which a
             further run completes.
-        cache: folder of scores by sample, shared with other runs and with `pairs build`.
+        cache: folder of scores by sample, shared with other runs and with `pairs build`; of shards,
+            with runs over the same shards.
         batch_size: samples scored at a time; halved where memory ends.
         options: keyword arguments per reward name.
         on_bad_row: policy for unreadable images.
