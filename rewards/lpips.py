@@ -44,6 +44,7 @@ class LpipsReward:
     modality: Modality = "image"
     differentiable = True
     range = (0.0, float("inf"))
+    fingerprint = None  # a distance to images that are others next time: never kept in a cache
 
     def __init__(
         self,

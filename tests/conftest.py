@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torchvision.models import squeezenet1_1
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -69,6 +70,30 @@ def alphas() -> torch.Tensor:
     """Alpha-bar of Stable Diffusion's schedule, (1000,) float64."""
     roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
     return (1 - roots.square()).cumprod(0)
+
+
+@pytest.fixture(scope="session")
+def lpips_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Options of the reward `lpips` on a random SqueezeNet."""
+    folder = tmp_path_factory.mktemp("lpips")
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        features = squeezenet1_1().features
+    state = {
+        f"features.{name}": 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in features.state_dict().items()
+    }
+    torch.save(state, folder / "backbone.pth")
+    linear = {
+        f"lin{level}.model.1.weight": torch.rand(1, width, 1, 1, generator=generator)
+        for level, width in enumerate((64, 128, 256, 384, 384, 512, 512))
+    }
+    torch.save(linear, folder / "squeeze.pth")
+    return {
+        "weights": str(folder / "squeeze.pth"),
+        "backbone": str(folder / "backbone.pth"),
+        "network": "squeeze",
+    }
 
 
 def make_tokenizer() -> CLIPTokenizer:
