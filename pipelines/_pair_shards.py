@@ -19,6 +19,7 @@ from mmalign.data.schema import BadRow, content_hash
 from mmalign.data.selection import select_pairs
 from mmalign.data.webdataset import Member, WebdatasetPairs
 from mmalign.data.writers import write_shard
+from mmalign.pipelines._image_batches import refuse_sets
 from mmalign.pipelines._shards import Record, Share, batches, go_through
 from mmalign.rewards.combine import combine_scores
 from mmalign.scoring import BatchedReward
@@ -100,6 +101,7 @@ def _score(
     bad: list[BadRow],
     advance: Callable[[int], object],
 ) -> list[Scored]:
+    refuse_sets(rewards)
     found: list[Scored] = []
     size = min(config.batch_size for config in scorer.configs.values())
     with torch.no_grad():

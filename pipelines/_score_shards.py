@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from mmalign.data.files import atomic_path, list_shards
 from mmalign.data.schema import BadRow
 from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._image_batches import refuse_sets
 from mmalign.pipelines._shards import Record, Share, batches, go_through
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import unique_names
@@ -81,6 +82,7 @@ def _score(
     advance: Callable[[int], object],
 ) -> Record:
     """Score a shard into a file; its record has sum, least and largest score by reward."""
+    refuse_sets(rewards)
     device = resolve_device("auto")
     bad: list[BadRow] = []
     stats = {name: [0.0, float("inf"), float("-inf")] for name in rewards}

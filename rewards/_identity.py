@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.config import as_path
+from mmalign.scoring import scores_sets
 
 if TYPE_CHECKING:
     from mmalign.config import RewardConfig
@@ -30,7 +31,8 @@ def reward_identity(config: RewardConfig, reward: Reward | TextReward) -> dict[s
     hub, the commit that lies in the local cache.
 
     A reward may have an attribute `fingerprint` that says the rest, such as the revision of a
-    server. None there means that equal samples may get other scores, as when people judge.
+    server. None there means that equal samples may get other scores, as when people judge; so it
+    is with a reward that scores a sample against others.
 
     Returns:
         The description, or None where scores may not be kept.
@@ -39,7 +41,7 @@ def reward_identity(config: RewardConfig, reward: Reward | TextReward) -> dict[s
         OSError: if a file it names cannot be read.
     """
     fingerprint = getattr(reward, "fingerprint", "")
-    if fingerprint is None:
+    if fingerprint is None or scores_sets(reward):
         return None
     source = _source(reward)
     named = dict(_named(config.options)) | dict(_defaults(reward, config.options))

@@ -19,6 +19,7 @@ from torch import Tensor
 from mmalign.config import RewardConfig, ServeRewardConfig
 from mmalign.pipelines._reward_app import make_app
 from mmalign.rewards import load_reward
+from mmalign.rewards._identity import reward_identity
 from mmalign.rewards.lpips import LpipsReward
 
 IMAGES = torch.randint(0, 256, (6, 3, 64, 64), generator=torch.Generator().manual_seed(0)) / 255
@@ -68,3 +69,17 @@ def test_requests_that_wait_are_not_compared_with_each_other(
     assert reward.sizes == [2, 2, 2]
     for part, own in zip(parts, scores, strict=True):
         assert own.tolist() == pytest.approx(reward(part, [""] * 2).tolist(), rel=1e-6)
+
+
+def test_requests_hold_whole_prompts(lpips_options: Mapping[str, str]) -> None:
+    reward = Gated(**lpips_options)
+    reward.open.set()
+    prompts = ["a", "b"] * 3
+    with served(reward) as url:
+        options = {"url": url, "retries": 0, "batch_size": 2, "revision": "1", "scores_sets": True}
+        config = RewardConfig(name="http", options=options)
+        remote = load_reward(config)
+        found = remote(IMAGES, prompts)
+    assert sorted(reward.sizes) == [3, 3]
+    assert found.tolist() == pytest.approx(reward(IMAGES, prompts).tolist(), rel=1e-6)
+    assert reward_identity(config, remote) is None  # whatever its revision is
