@@ -40,8 +40,8 @@ Answer = TypeVar("Answer")
 class ChatEndpoint:
     """Asks a server; takes the place of a local model wherever text is generated or judged.
 
-    `fingerprint` names address, model and extra fields, for cache keys. The key of the server, if
-    it wants one, is read from an environment variable and stands in no file.
+    `fingerprint` names address, model, extra fields and revision, for cache keys. The key of the
+    server, if it wants one, is read from an environment variable and stands in no file.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
@@ -57,7 +57,9 @@ class ChatEndpoint:
         if config.concurrency < 1:
             raise InputError(f"endpoint: concurrency must be at least 1, got {config.concurrency}")
         self.config = config
-        self.fingerprint = json.dumps([config.url, config.model_name, config.extra], sort_keys=True)
+        known = [config.url, config.model_name, config.extra]
+        revision = [] if config.revision is None else [config.revision]
+        self.fingerprint = json.dumps([*known, *revision], sort_keys=True)
         self._client = JsonClient(
             f"{config.url.rstrip('/')}/chat/completions",
             label=f"endpoint {config.model_name}",

@@ -1,6 +1,7 @@
 """Checked calls of rewards: every bad score is an error that names its sample.
 
-A reward that runs out of memory is asked for half as many samples at a time.
+A reward that runs out of memory is asked for half as many samples at a time. One that scores a
+sample against the others of its prompt (`scores_sets`) is given whole prompts, whatever that takes.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from torch import Tensor
@@ -65,6 +66,50 @@ def to_scores(values: object, count: int) -> Tensor:
     return scores
 
 
+def scores_sets(reward: object) -> bool:
+    """Tell whether a reward scores a sample against the others of its prompt in the call.
+
+    That is the optional attribute `scores_sets` of a reward. Such a reward is given all samples of
+    a prompt at once: half of them would get other scores.
+    """
+    return bool(getattr(reward, "scores_sets", False))
+
+
+def divide(
+    prompts: Sequence[str],
+    size: int | None,
+    *,
+    whole: bool,
+    rows: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Divide samples into batches.
+
+    Args:
+        prompts: one per sample.
+        size: samples per batch; None for all.
+        whole: cut between prompts only. The samples of a prompt come together, in the order of the
+            prompts' first ones, and a prompt of more than `size` is a batch by itself.
+        rows: the samples to divide, by number; all when omitted.
+
+    Returns:
+        The numbers of each batch's samples.
+    """
+    left = list(range(len(prompts))) if rows is None else list(rows)
+    most = size or max(len(left), 1)
+    if not whole:
+        return [left[start : start + most] for start in range(0, len(left), most)]
+    groups: dict[str, list[int]] = {}
+    for row in left:
+        groups.setdefault(prompts[row], []).append(row)
+    batches: list[list[int]] = []
+    for group in groups.values():
+        if batches and len(batches[-1]) + len(group) <= most:
+            batches[-1] += group
+        else:
+            batches.append(list(group))
+    return batches
+
+
 def score_samples(
     reward: Reward | TextReward,
     samples: Tensor | Sequence[Response],
@@ -106,7 +151,9 @@ def score_samples(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        where = _first_failing(ask, samples, prompts, labels)
+        # One by one, a sample that is compared with none fails or waits for another reason.
+        alone = not scores_sets(reward)
+        where = _first_failing(ask, samples, prompts, labels) if alone else _span(labels)
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         reason = f"{kind}{error}".splitlines()[0]
         raise InputError(f"reward {reward.name} failed for {where}: {reason}") from error
@@ -114,6 +161,8 @@ def score_samples(
 
 class BatchedReward:
     """A reward asked for at most `batch_size` samples at a time, or for fewer where memory ends.
+
+    One that `scores_sets` gets whole prompts, however many samples they have.
 
     Attributes:
         reward: what scores.
@@ -124,6 +173,7 @@ class BatchedReward:
     def __init__(self, reward: Reward | TextReward, batch_size: int | None = None) -> None:
         """Wrap a reward."""
         self.reward, self.batch_size = reward, batch_size
+        self.scores_sets = scores_sets(reward)
 
     def __call__(
         self,
@@ -134,24 +184,28 @@ class BatchedReward:
         """Score samples; returns (B,). Gradients pass through; what they need is not halved.
 
         Raises:
-            InputError: as `score_samples`, or if memory ends at a single sample.
+            InputError: as `score_samples`, or if memory ends at a single sample, or at a single
+                prompt of a reward that scores sets.
         """
         labels = _labels(samples, names)
         if not len(samples) == len(prompts) == len(labels):
             return score_samples(self.reward, samples, prompts, labels)  # says what is wrong
         parts: list[Tensor] = []
-        start = 0
-        while start < len(samples):
-            stop = min(start + (self.batch_size or len(samples)), len(samples))
-            rows = slice(start, stop)
-            part = self._attempt(samples[rows], prompts[rows], labels[rows])
+        order: list[int] = []
+        waiting = divide(prompts, self.batch_size, whole=self.scores_sets)
+        while waiting:
+            rows = waiting[0]
+            asked, called = [prompts[row] for row in rows], [labels[row] for row in rows]
+            part = self._attempt(take(samples, rows), asked, called)
             if part is None:
                 _free_memory()  # here, where the exception no longer holds what it had reached
-                self._halve(stop - start, labels[start])
+                self._halve(asked, called)
+                left = [row for batch in waiting for row in batch]
+                waiting = divide(prompts, self.batch_size, whole=self.scores_sets, rows=left)
                 continue
             parts.append(part)
-            start = stop
-        return torch.cat(parts) if parts else torch.zeros(0)
+            order += waiting.pop(0)
+        return in_order(torch.cat(parts), order) if parts else torch.zeros(0)
 
     def _attempt(
         self, samples: Tensor | Sequence[Response], prompts: Sequence[str], labels: list[str]
@@ -163,12 +217,19 @@ class BatchedReward:
                 raise
             return None
 
-    def _halve(self, count: int, first: str) -> None:
-        name = self.reward.name
+    def _halve(self, prompts: Sequence[str], labels: Sequence[str]) -> None:
+        name, count = self.reward.name, len(labels)
         if count == 1:
             raise InputError(
-                f"reward {name} runs out of memory on {first} alone: use a smaller image, a lower "
-                "precision, or a reward served from another machine (docs/external_rewards.md)"
+                f"reward {name} runs out of memory on {labels[0]} alone: use a smaller image, a "
+                "lower precision, or a reward served from another machine "
+                "(docs/external_rewards.md)"
+            )
+        if self.scores_sets and len(set(prompts)) == 1:
+            raise InputError(
+                f"reward {name} runs out of memory on the {count} samples of {prompts[0][:60]!r}, "
+                "which it compares with each other, so that they cannot be divided: use fewer or "
+                "smaller images, or a lower precision"
             )
         self.batch_size = count // 2
         logger.warning(
@@ -200,20 +261,42 @@ def score_in_batches(
     if not len(samples) == len(prompts) == len(labels):
         raise InputError(f"{len(samples)} samples but {len(prompts)} prompts, {len(labels)} names")
     batched = BatchedReward(reward, batch_size)
-    starts = share(range(0, len(samples), batch_size))
-    bar = tqdm(starts, f"score {reward.name}", unit="batch", disable=not is_main())
+    batches = divide(prompts, batch_size, whole=batched.scores_sets)
+    bar = tqdm(share(batches), f"score {reward.name}", unit="batch", disable=not is_main())
 
     def score() -> list[Tensor]:
         parts = []
-        for start in bar:
-            rows = slice(start, start + batch_size)
-            scores = batched(samples[rows], prompts[rows], labels[rows])
+        for rows in bar:
+            asked, called = [prompts[row] for row in rows], [labels[row] for row in rows]
+            scores = batched(take(samples, rows), asked, called)
             parts.append(scores.to("cpu", torch.float64))
         return parts
 
     with torch.no_grad(), bar:
         parts = gather_shared(together(score))
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+    joined = torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+    return in_order(joined, [row for rows in batches for row in rows])
+
+
+@overload
+def take(samples: Tensor, rows: Sequence[int]) -> Tensor: ...
+@overload
+def take(
+    samples: Tensor | Sequence[Response], rows: Sequence[int]
+) -> Tensor | Sequence[Response]: ...
+def take(samples: Tensor | Sequence[Response], rows: Sequence[int]) -> Tensor | Sequence[Response]:
+    """Take samples by their numbers; neighbors are not copied."""
+    first, end = rows[0], rows[-1] + 1
+    if list(rows) == list(range(first, end)):
+        return samples[first:end]
+    return samples[list(rows)] if isinstance(samples, Tensor) else [samples[row] for row in rows]
+
+
+def in_order(scores: Tensor, order: list[int]) -> Tensor:
+    """Put scores of the samples with the numbers `order` into the order of the samples."""
+    if order == sorted(order):
+        return scores
+    return scores[torch.tensor(order, device=scores.device).argsort()]
 
 
 def _labels(samples: Tensor | Sequence[Response], names: Sequence[str] | None) -> list[str]:

@@ -355,6 +355,11 @@ class Reward(Protocol):
     `samples` of an image reward are float tensors (B, 3, H, W) in [0, 1] on any device. The result
     has shape (B,). Preprocessing stays in tensor space, so a `differentiable` reward passes
     gradients to its samples; `no_grad` is the caller's business.
+
+    Two attributes are optional. `scores_sets`, true: a sample is scored against the others of its
+    prompt in the call, so a call holds all samples of each of its prompts, is never cut within one,
+    and its scores are kept in no cache. `fingerprint`: names what scores behind an option that does
+    not say it, for caches; None keeps nothing.
     """
 
     name: str

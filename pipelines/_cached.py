@@ -31,6 +31,8 @@ class CachedReward:
 
     Attributes:
         cache: where scores are kept; None without a folder, or where they may not be kept.
+        name: of the reward.
+        scores_sets: whether the reward is to be given whole prompts.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class CachedReward:
             InputError: if the folder cannot be written, or a file of the reward cannot be read.
         """
         self._batched = BatchedReward(reward, config.batch_size)
+        self.name, self.scores_sets = reward.name, self._batched.scores_sets
         self._unsaved, self._saved_every = 0, saved_every
         self.cache = None if folder is None else _open(reward, config, as_path(folder))
 

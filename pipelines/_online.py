@@ -31,6 +31,7 @@ from mmalign.report import RunSummary
 from mmalign.rewards import load_rewards
 from mmalign.rewards.combine import CombinedReward
 from mmalign.rollout import Sampler, keyed_noise
+from mmalign.scoring import divide, in_order, take
 from mmalign.types import Condition, ImageAdapter, InputError, LogRatios
 
 ALL_TIED = "every candidate has the same reward as its rival"
@@ -64,6 +65,7 @@ class OnlineRun:
         rewards: its terms one by one, (R, B); counted alike.
         negative: the encoded empty prompt, one row.
         grid: the sampler's steps.
+        scores_sets: whether a reward compares the images of a prompt, so that no call may cut one.
     """
 
     config: OnlineConfig
@@ -72,6 +74,7 @@ class OnlineRun:
     rewards: Score
     negative: Condition
     grid: SamplerGrid
+    scores_sets: bool = False
 
     def sampler(self, batch: PromptBatch) -> Sampler:
         """Make the sampler of a batch's prompts."""
@@ -163,24 +166,27 @@ def bridged_rewards(
 ) -> Tensor:
     """Score clean latents (N, C, h, w) with gradients, (N,), a few images at a time.
 
-    N is a multiple of the batch's B: all its prompts once, then all again.
+    N is a multiple of the batch's B: all its prompts once, then all again. Prompts are not cut
+    where a reward compares their images.
 
     The gradient is taken down to the latents at once and the decoder's graph is freed, so that only
     one chunk of images is ever held; what is returned carries that gradient on to the sampler.
     """
-    parts = []
+    parts: list[Tensor] = []
+    order: list[int] = []
     copies = len(latents) // len(batch.prompts)
     prompts, names = batch.prompts * copies, batch.pair_ids * copies
-    for start in range(0, len(latents), decode_batch_size):
-        rows = slice(start, start + decode_batch_size)
-        leaf = latents[rows].detach().requires_grad_()
+    for rows in divide(prompts, decode_batch_size, whole=online.scores_sets):
+        own = take(latents, rows)
+        leaf = own.detach().requires_grad_()
         with torch.enable_grad():
             images = online.run.adapter.decode(leaf)
-            scores = online.reward(images, prompts[rows], names[rows])
+            scores = online.reward(images, [prompts[r] for r in rows], [names[r] for r in rows])
         (gradient,) = torch.autograd.grad(scores.sum(), leaf)
-        through = ((latents[rows] - leaf.detach()) * gradient).flatten(1).sum(1)
+        through = ((own - leaf.detach()) * gradient).flatten(1).sum(1)
         parts.append(scores.detach().to(through) + through)
-    return torch.cat(parts)
+        order += rows
+    return in_order(torch.cat(parts), order)
 
 
 def train_online(
@@ -228,12 +234,17 @@ def train_online(
             rewards=run.meter.counted(reward.each),
             negative=feed.negative,
             grid=grid,
+            scores_sets=reward.scores_sets,
         )
         step = make_step(online)
         if reward.watch is not None:
             step = log.logged(step)
         return Job(
-            run=run, step=step, batches=feed.batches, backward=backward, coupled=reward.compares
+            run=run,
+            step=step,
+            batches=feed.batches,
+            backward=backward,
+            coupled=reward.compares or (needs_gradient and reward.scores_sets),
         )
 
     return train_and_compare(

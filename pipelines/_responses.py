@@ -16,6 +16,7 @@ from mmalign.data.schema import BadRow, RowError, read_prompt
 from mmalign.data.vlm_records import IMAGE_KEYS
 from mmalign.data.vlm_source import file_rows
 from mmalign.pipelines._cached import CachedReward
+from mmalign.scoring import divide, scores_sets
 from mmalign.types import InputError, Response
 
 if TYPE_CHECKING:
@@ -92,16 +93,16 @@ def score_responses(
     Raises:
         InputError: naming reward and row, for a score that is not a finite number.
     """
-    columns: dict[str, list[float]] = {name: [] for name in rewards}
+    columns: dict[str, dict[int, float]] = {name: {} for name in rewards}
+    whole = any(map(scores_sets, rewards.values()))
     with tqdm(total=len(rows), desc="score", unit="answer") as bar:
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            samples = [row.response for row in batch]
-            prompts, names = [row.prompt for row in batch], [row.where for row in batch]
+        for batch in divide([row.prompt for row in rows], BATCH, whole=whole):
+            samples = [rows[number].response for number in batch]
+            prompts, names = zip(*((rows[n].prompt, rows[n].where) for n in batch), strict=True)
             for name, reward in rewards.items():
-                columns[name] += reward(samples, prompts, names)
+                columns[name].update(zip(batch, reward(samples, prompts, names), strict=True))
             bar.update(len(batch))
-    return columns
+    return {name: [own[number] for number in sorted(own)] for name, own in columns.items()}
 
 
 def _answered(row: Mapping[str, Any], where: str, root: Path, max_pixels: int) -> Answered:

@@ -17,6 +17,7 @@ from mmalign.data.images import decode, hash_image, to_tensor
 from mmalign.data.schema import BadRow, RowError, content_hash
 from mmalign.pipelines._cached import CachedReward, identify
 from mmalign.pipelines._candidates import MAX_PIXELS, Candidate, Group
+from mmalign.pipelines._image_batches import check_one_size
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -199,7 +200,10 @@ def _score_group(
 def _score(
     reward: CachedReward, images: Sequence[tuple[Candidate, str, Tensor]], device: str
 ) -> list[float]:
-    """Score neighbors of the same shape together."""
+    """Score neighbors of the same shape together; all of them where they are compared."""
+    if reward.scores_sets and images:
+        prompt, tensors = images[0][0].prompt, [image for _, _, image in images]
+        check_one_size([reward.name], prompt, tensors)
     scores: list[float] = []
     for _, same in groupby(images, key=lambda each: each[2].shape):
         batch = list(same)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign.config import as_path
 from mmalign.data.score_cache import ScoreCache
 from mmalign.pipelines._cached import CachedReward, identify, may_be_kept, saved
+from mmalign.pipelines._image_batches import refuse_sets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,8 @@ class ShardRewards:
             folder: folder of the cache; None keeps nothing.
 
         Raises:
-            InputError: if a file of a reward cannot be read.
+            InputError: if a file of a reward cannot be read, or a reward compares the images of a
+                prompt.
         """
         self.identities = {name: identify(*one) for name, one in rewards.items()}
         self.hits = 0
@@ -55,6 +57,7 @@ class ShardRewards:
             name: CachedReward(reward, config, saved_every=SAVED_EVERY)
             for name, (reward, config) in rewards.items()
         }
+        refuse_sets(self._rewards)
         self._kept = [
             name
             for name, (reward, _) in rewards.items()

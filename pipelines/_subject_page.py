@@ -37,10 +37,10 @@ class Shown(NamedTuple):
 
 
 class CaseShown(NamedTuple):
-    """Baseline and subject side by side."""
+    """Baseline and subject side by side; `seed` says what they were sampled from."""
 
     prompt: str
-    seed: int
+    seed: str
     gain: float
     sides: list[Shown]
 
@@ -230,14 +230,16 @@ def _cases(comparison: Comparison) -> list[tuple[str, list[tuple[str, list[CaseS
                 row = comparison.rows[case.row]
                 if row.prompt not in prompts and len(shown) < size:
                     prompts.add(row.prompt)
-                    sides = [_shown(comparison, side, case.row) for side in (0, number)]
-                    shown.append(CaseShown(row.prompt, row.seed, case.gain, sides))
+                    pair = (0, number)
+                    sides = [_shown(comparison, side, case.row) for side in pair]
+                    seed = _seed(comparison, row, pair)
+                    shown.append(CaseShown(row.prompt, seed, case.gain, sides))
             lists.append((title, shown))
         found.append((comparison.names[number], lists))
     return found
 
 
-def _grid(comparison: Comparison) -> list[tuple[Row, list[Shown]]]:
+def _grid(comparison: Comparison) -> list[tuple[str, str, list[Shown]]]:
     """Show the first image of prompts evenly spaced: nothing is picked by its looks."""
     first = [number for number, row in enumerate(comparison.rows) if row.number == 0]
     wanted = max(3, GRID_PICTURES // len(comparison.subjects))
@@ -245,9 +247,22 @@ def _grid(comparison: Comparison) -> list[tuple[Row, list[Shown]]]:
         first = [first[index * len(first) // wanted] for index in range(wanted)]
     sides = range(len(comparison.subjects))
     return [
-        (comparison.rows[number], [_shown(comparison, side, number) for side in sides])
+        (
+            comparison.rows[number].prompt,
+            _seed(comparison, comparison.rows[number], sides),
+            [_shown(comparison, side, number) for side in sides],
+        )
         for number in first
     ]
+
+
+def _seed(comparison: Comparison, row: Row, sides: Sequence[int]) -> str:
+    """Say which seed was sampled from; pictures of folders have none."""
+    made = [side for side in sides if comparison.subjects[side].model is not None]
+    if not made:
+        return ""
+    names = ", ".join(comparison.names[side] for side in made)
+    return f"seed {row.seed}" if len(made) == len(sides) else f"seed {row.seed} of {names}"
 
 
 def _shown(comparison: Comparison, side: int, row: int) -> Shown:

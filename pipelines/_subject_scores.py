@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from mmalign.data.folders import METADATA
 from mmalign.data.images import open_image, to_tensor
 from mmalign.evaluation import prompt_diversity
 from mmalign.pipelines._evaluation import Judges
+from mmalign.pipelines._image_batches import image_batches, that_score_sets
 from mmalign.pipelines._pictures import MAX_PIXELS
 from mmalign.pipelines._subject_images import Row
 from mmalign.rewards.combine import unique_names
@@ -29,15 +31,29 @@ from mmalign.types import ImageRef
 if TYPE_CHECKING:
     from mmalign.pipelines._subjects import Subject
 
+T = TypeVar("T")
 BATCH = 32
+"""Images of which the judge is asked at a time."""
 
 
 class Named(NamedTuple):
-    """A reward, its name in tables, and how many images it takes at a time."""
+    """A reward by its name in tables; a batch that memory made smaller stays so for all."""
 
     name: str
     reward: Any
-    batch_size: int
+    batched: BatchedReward
+
+
+class Scorers(NamedTuple):
+    """What scores images: the rewards that are reported, and the judge."""
+
+    rewards: list[Named]
+    judge: Named | None
+
+    @property
+    def every(self) -> list[Named]:
+        """All of them, the judge last."""
+        return self.rewards if self.judge is None else [*self.rewards, self.judge]
 
 
 @dataclass(frozen=True)
@@ -57,41 +73,44 @@ class Scores:
     diversity: Mapping[str, float] = field(default_factory=dict)
 
 
-def named_judges(judges: Judges) -> tuple[list[Named], Named | None]:
+def make_scorers(judges: Judges) -> Scorers:
     """Name rewards and judge; no two share a name."""
     names = unique_names(judges.rewards)
     rewards = [
-        Named(name, reward, max(config.batch_size, 1))
+        Named(name, reward, BatchedReward(reward, max(config.batch_size, 1)))
         for name, (reward, config) in zip(names, judges.rewards, strict=True)
     ]
     judge = judges.judge
-    return rewards, None if judge is None else Named(_free_name(judge.name, names), judge, BATCH)
+    if judge is None:
+        return Scorers(rewards, None)
+    return Scorers(
+        rewards, Named(_free_name(judge.name, names), judge, BatchedReward(judge, BATCH))
+    )
 
 
 def score_subject(
-    subject: Subject, rows: Sequence[Row], files: Sequence[Path], judges: Judges, device: str
+    subject: Subject, rows: Sequence[Row], files: Sequence[Path], scorers: Scorers, device: str
 ) -> Scores:
     """Score the images of one subject and measure how different those of a prompt are.
 
     Raises:
         InputError: naming reward and image, for a score that is not a finite number.
     """
-    rewards, judge = named_judges(judges)
-    names_taken = [one.name for one in rewards]
-    scores = Scores()
+    every = {one.name: one.batched for one in scorers.every}
+    parts = []
     with torch.no_grad(), tqdm(total=len(rows), desc=f"score {subject.name}", unit="image") as bar:
-        for start, images in _batches(files):
-            batch = rows[start : start + len(images)]
-            prompts = [row.prompt for row in batch]
-            names = [f"{subject.name}/{file.name}" for file in files[start : start + len(images)]]
-            images = images.to(device)
-            for one in rewards:
-                _extend(scores, one.name, _score(one, images, prompts, names))
-            if judge is not None:
-                _extend(scores, judge.name, _score(judge, images, prompts, names))
-                _judge(judge.reward, images, prompts, scores, [*names_taken, judge.name])
+        for batch, images in image_batches(
+            [row.prompt for row in rows],
+            lambda row: _read(files[row]),
+            max([BATCH, *(one.batch_size or BATCH for one in every.values())]),
+            that_score_sets(every),
+        ):
+            prompts = [rows[row].prompt for row in batch]
+            names = [f"{subject.name}/{files[row].name}" for row in batch]
+            parts.append((batch, _score(scorers, images.to(device), prompts, names)))
             bar.update(len(batch))
-    return Scores(scores.columns, scores.verdicts, scores.correct, _diversity(rows, files))
+    found = _joined(parts)
+    return Scores(found.columns, found.verdicts, found.correct, _diversity(rows, files))
 
 
 def write_scores(
@@ -134,40 +153,28 @@ def write_scores(
     write_jsonl(folder / "samples" / METADATA, samples)
 
 
-def _batches(files: Sequence[Path]) -> Iterator[tuple[int, Tensor]]:
-    """Read images in batches of one size; folders may have several."""
-    batch: list[Tensor] = []
-    start = 0
-    for number, file in enumerate(files):
-        image = _read(file)
-        if batch and (len(batch) == BATCH or image.shape != batch[0].shape):
-            yield start, torch.stack(batch)
-            batch, start = [], number
-        batch.append(image)
-    if batch:
-        yield start, torch.stack(batch)
-
-
 def _read(file: Path) -> Tensor:
     return to_tensor(open_image(ImageRef(file, str(file)), max_pixels=MAX_PIXELS))
 
 
-def _score(one: Named, images: Tensor, prompts: list[str], names: list[str]) -> list[float]:
-    scores: list[float] = BatchedReward(one.reward, one.batch_size)(images, prompts, names).tolist()
+def _score(scorers: Scorers, images: Tensor, prompts: list[str], names: list[str]) -> Scores:
+    scores = Scores()
+    for one in scorers.every:
+        scores.columns[one.name] = one.batched(images, prompts, names).tolist()
+    if scorers.judge is not None:
+        _judge(scorers.judge.reward, images, prompts, scores)
     return scores
 
 
-def _judge(
-    judge: Any, images: Tensor, prompts: list[str], scores: Scores, taken: Sequence[str]
-) -> None:
+def _judge(judge: Any, images: Tensor, prompts: list[str], scores: Scores) -> None:
     """Ask a judge for the metrics and words that it may have; see `evaluate_models`."""
-    count = len(prompts)
+    count, taken = len(prompts), list(scores.columns)
     right: list[bool | None] = [None] * count
     for name, values in (
         judge.metrics(images, prompts) if hasattr(judge, "metrics") else {}
     ).items():
         numbers = to_scores(values, count).tolist()
-        _extend(scores, _free_name(name, taken), numbers)
+        scores.columns[_free_name(name, taken)] = numbers
         if name == "correct":
             right = [number > 0.5 for number in numbers]
     scores.correct.extend(right)
@@ -175,8 +182,21 @@ def _judge(
     scores.verdicts.extend(judge.verdicts(images, prompts) if says else [""] * count)
 
 
-def _extend(scores: Scores, name: str, values: list[float]) -> None:
-    scores.columns.setdefault(name, []).extend(values)
+def _joined(parts: Sequence[tuple[Sequence[int], Scores]]) -> Scores:
+    """Put what batches of images were scored into the order of the images."""
+    order = [row for batch, _ in parts for row in batch]
+
+    def joined(values: Iterable[Iterable[T]]) -> list[T]:
+        by_row = dict(zip(order, chain.from_iterable(values), strict=True))
+        return [by_row[row] for row in sorted(by_row)]
+
+    scored = [scores for _, scores in parts]
+    judged = any(scores.verdicts for scores in scored)
+    return Scores(
+        {name: joined(one.columns[name] for one in scored) for name in scored[0].columns},
+        joined(one.verdicts for one in scored) if judged else [],
+        joined(one.correct for one in scored) if judged else [],
+    )
 
 
 def _free_name(name: str, taken: Sequence[str]) -> str:

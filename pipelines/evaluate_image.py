@@ -13,12 +13,18 @@ from tqdm.auto import tqdm
 
 from mmalign.config import dump_config
 from mmalign.data.files import write_bytes
-from mmalign.pipelines._evaluation import Judges, load_judges, resolve_device
+from mmalign.pipelines._evaluation import load_judges, resolve_device
 from mmalign.pipelines._label_server import check_page
 from mmalign.pipelines._subject_images import Plan, make_images, plan_images
 from mmalign.pipelines._subject_page import Comparison, results_text, write_page
 from mmalign.pipelines._subject_people import Panel
-from mmalign.pipelines._subject_scores import Scores, named_judges, score_subject, write_scores
+from mmalign.pipelines._subject_scores import (
+    Scorers,
+    Scores,
+    make_scorers,
+    score_subject,
+    write_scores,
+)
 from mmalign.pipelines._subject_stats import PEOPLE, Results, analyse, duel_of, results_json
 from mmalign.pipelines._subjects import Subject, list_subjects
 from mmalign.report import (
@@ -51,19 +57,19 @@ def run(config: EvaluateImageConfig) -> None:
     if config.judge == "label":
         check_page(config.label)
     device = resolve_device(config.device)
-    judges = load_judges(config.evaluation, device)
+    scorers = make_scorers(load_judges(config.evaluation, device))
     planned = plan_images(config, subjects)
     for note in planned.notes:
         tqdm.write(note)
     folder = Path(config.output_dir)
     files = make_images(subjects, planned, folder / "samples", device)
     scores = [
-        score_subject(subject, planned.rows, own, judges, device)
+        score_subject(subject, planned.rows, own, scorers, device)
         for subject, own in zip(subjects, files, strict=True)
     ]
     write_scores(folder, subjects, planned.rows, files, scores)
     panel = Panel(folder / "samples", planned.rows, files, config.label.images_per_prompt)
-    job = _Job(config, subjects, planned, files, scores, judges, panel, device, started)
+    job = _Job(config, subjects, planned, files, scores, scorers, panel, device, started)
     text = _write(folder, job)
     if config.judge == "label":
         panel.ask(config.label)
@@ -81,7 +87,7 @@ class _Job:
     planned: Plan
     files: Sequence[Sequence[Path]]
     scores: Sequence[Scores]
-    judges: Judges
+    scorers: Scorers
     panel: Panel
     device: str
     started: float
@@ -90,7 +96,7 @@ class _Job:
 def _write(folder: Path, job: _Job) -> str:
     """Write everything that depends on answers; returns it as lines of text."""
     config, seed = job.config, job.config.sampling.seed
-    rewards, judge = named_judges(job.judges)
+    rewards, judge = job.scorers
     results = analyse(
         job.planned.rows,
         job.scores,

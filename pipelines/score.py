@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from mmalign.config import RewardConfig
 from mmalign.data.files import atomic_path, is_shards, write_jsonl
 from mmalign.data.folders import METADATA
-from mmalign.data.images import open_image
+from mmalign.data.images import open_image, to_tensor
 from mmalign.data.listing import NamedImage, list_images
 from mmalign.pipelines._cached import cached_rewards, hits, saved
 from mmalign.pipelines._evaluation import resolve_device
+from mmalign.pipelines._image_batches import image_batches, that_score_sets
 from mmalign.pipelines._responses import SCORES, read_responses, score_responses
 from mmalign.pipelines._score_shards import score_shards
 from mmalign.types import ImageRef, InputError
@@ -38,7 +39,8 @@ def run(config: ScoreConfig) -> None:
     With `responses` answers are scored instead, by rewards of answers.
     Shards of images are scored shard by shard: `mmalign.pipelines._score_shards`.
 
-    Images are scored at their own size, so only neighbors of the same size share a batch.
+    Images are scored at their own size, so only neighbors of the same size share a batch. A reward
+    that compares the images of a prompt gets all of them in one call.
 
     Raises:
         InputError: for missing files, counts that differ, unreadable images under `stop`, or a bad
@@ -54,17 +56,24 @@ def run(config: ScoreConfig) -> None:
     rows = list_images(Path(config.images).expanduser(), _prompt_file(config))
     device = resolve_device("auto")
     rewards = cached_rewards(configs, config.cache, device)
-    kept: list[NamedImage] = []
-    columns: dict[str, list[float]] = {name: [] for name in rewards}
+    scores: dict[str, dict[int, float]] = {name: {} for name in rewards}
     with saved(rewards), tqdm(total=len(rows), desc="score", unit="image") as bar:
-        for batch, images in _batches(rows, config, bar):
-            prompts, names = [row.prompt for row in batch], [row.file_name for row in batch]
+        for batch, images in image_batches(
+            [row.prompt for row in rows],
+            lambda number: _read(rows[number], config, bar),
+            config.batch_size,
+            that_score_sets(rewards),
+        ):
+            prompts, names = zip(*((rows[n].prompt, rows[n].file_name) for n in batch), strict=True)
             for name, reward in rewards.items():
-                columns[name] += reward(images.to(device), prompts, names)
-            kept += batch
+                found = reward(images.to(device), prompts, names)
+                scores[name].update(zip(batch, found, strict=True))
             bar.update(len(batch))
-    if not kept:
+    numbers = sorted(next(iter(scores.values())))
+    if not numbers:
         raise InputError(f"none of the {len(rows)} images in {config.images} can be read")
+    kept = [rows[number] for number in numbers]
+    columns = {name: [own[number] for number in numbers] for name, own in scores.items()}
     texts = {
         "file_name": [row.file_name for row in kept],
         "prompt": [row.prompt for row in kept],
@@ -143,32 +152,16 @@ def _reward_configs(config: ScoreConfig) -> list[RewardConfig]:
     ]
 
 
-def _batches(
-    rows: Sequence[NamedImage], config: ScoreConfig, bar: tqdm[NoReturn]
-) -> Iterator[tuple[list[NamedImage], torch.Tensor]]:
-    batch: list[NamedImage] = []
-    images: list[torch.Tensor] = []
-    for row in rows:
-        try:
-            image = _read(row, config.max_pixels)
-        except InputError as error:
-            if config.on_bad_row == "stop":
-                raise
-            logger.warning("skipped: %s", error)
-            bar.update()
-            continue
-        if batch and (len(batch) == config.batch_size or image.shape != images[0].shape):
-            yield batch, torch.stack(images)
-            batch, images = [], []
-        batch.append(row)
-        images.append(image)
-    if batch:
-        yield batch, torch.stack(images)
-
-
-def _read(row: NamedImage, max_pixels: int) -> torch.Tensor:
-    image = open_image(ImageRef(row.path, str(row.path)), max_pixels=max_pixels)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+def _read(row: NamedImage, config: ScoreConfig, bar: tqdm[NoReturn]) -> torch.Tensor | None:
+    ref = ImageRef(row.path, str(row.path))
+    try:
+        return to_tensor(open_image(ref, max_pixels=config.max_pixels))
+    except InputError as error:
+        if config.on_bad_row == "stop":
+            raise
+        logger.warning("skipped: %s", error)
+        bar.update()
+        return None
 
 
 def _rows(columns: Mapping[str, Sequence[T]]) -> list[dict[str, T]]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mmalign.data.images import encode_png, read_image_bytes
 from mmalign.endpoint import excerpt
-from mmalign.scoring import BadScoreError, ScorerError
+from mmalign.scoring import BadScoreError, ScorerError, divide, in_order, take
 from mmalign.types import ImageRef, InputError, Modality
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class ExternalReward(ABC):
         modality: `image`, or `text` for answers.
         range: smallest and largest score, as the user states it.
         timeout: seconds that one batch may take.
+        scores_sets: whether a score depends on the other samples of the prompt, so that a request
+            holds all of them, however many they are.
     """
 
     differentiable = False
@@ -61,6 +63,7 @@ class ExternalReward(ABC):
         batch_size: int,
         range: Sequence[float],
         modality: Modality = "image",
+        scores_sets: bool = False,
     ) -> None:
         """Check the options that every such reward has.
 
@@ -77,6 +80,7 @@ class ExternalReward(ABC):
         self.name, self.timeout, self.batch_size = name, float(timeout), batch_size
         self.modality: Modality = modality
         self.range = (float(range[0]), float(range[1]))
+        self.scores_sets = scores_sets
 
     def __call__(self, samples: Tensor | Sequence[Response], prompts: Sequence[str]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1], or answers; returns (B,) float32.
@@ -85,21 +89,22 @@ class ExternalReward(ABC):
             ScorerError: there is no usable reply.
             BadScoreError: the reply has a wrong number of rewards, or one that is not a number.
         """
+        batches = divide(prompts, self.batch_size, whole=self.scores_sets)
 
-        def score(start: int) -> list[float]:
-            rows = slice(start, start + self.batch_size)
-            request = _request(samples[rows], prompts[rows], start)
-            return self._rewards(self._ask(request), start, len(samples[rows]))
+        def score(batch: Sequence[int]) -> list[float]:
+            request = _request(take(samples, batch), [prompts[row] for row in batch], batch)
+            return self._rewards(self._ask(request), batch)
 
-        parts = self._each(score, range(0, len(samples), self.batch_size))
-        scores = torch.tensor([value for part in parts for value in part], dtype=torch.float32)
+        parts = self._each(score, batches)
+        found = torch.tensor([value for part in parts for value in part], dtype=torch.float32)
+        scores = in_order(found, [row for batch in batches for row in batch])
         return scores.to(samples.device) if isinstance(samples, Tensor) else scores
 
     def _each(
-        self, score: Callable[[int], list[float]], starts: Sequence[int]
+        self, score: Callable[[Sequence[int]], list[float]], batches: Sequence[Sequence[int]]
     ) -> list[list[float]]:
-        """Score the batches that begin at `starts`, in order, one after the other."""
-        return [score(start) for start in starts]
+        """Score batches of samples, given by number, one after the other."""
+        return [score(batch) for batch in batches]
 
     @abstractmethod
     def _ask(self, request: bytes) -> bytes:
@@ -108,18 +113,18 @@ class ExternalReward(ABC):
     def _failure(self, problem: str) -> ScorerError:
         return ScorerError(f"reward {self.name}: {problem}")
 
-    def _rewards(self, reply: bytes, start: int, count: int) -> list[float]:
-        """Read the rewards of the samples from `start` on."""
+    def _rewards(self, reply: bytes, batch: Sequence[int]) -> list[float]:
+        """Read the rewards of the samples with these numbers."""
         rewards = self._content(reply).get("rewards")
         if not isinstance(rewards, list):
             raise self._failure(f'"rewards" of its reply is not a list: {excerpt(reply)}')
-        if len(rewards) != count:
-            raise BadScoreError(f"returned {len(rewards)} instead of {count} scores", None)
-        for index, value in enumerate(rewards):
+        if len(rewards) != len(batch):
+            raise BadScoreError(f"returned {len(rewards)} instead of {len(batch)} scores", None)
+        for row, value in zip(batch, rewards, strict=True):
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise BadScoreError(f"returned {json.dumps(value)[:80]}", start + index)
+                raise BadScoreError(f"returned {json.dumps(value)[:80]}", row)
             if not _is_finite(value):
-                raise BadScoreError(f"returned {str(value)[:80]}", start + index)
+                raise BadScoreError(f"returned {str(value)[:80]}", row)
         return [float(value) for value in rewards]
 
     def _content(self, reply: bytes) -> dict[str, Any]:
@@ -136,13 +141,15 @@ class ExternalReward(ABC):
         return content
 
 
-def _request(samples: Tensor | Sequence[Response], prompts: Sequence[str], start: int) -> bytes:
-    """Write a request; images are named in messages by their number from `start`."""
+def _request(
+    samples: Tensor | Sequence[Response], prompts: Sequence[str], batch: Sequence[int]
+) -> bytes:
+    """Write a request; samples are named in messages by their numbers in `batch`."""
     request: dict[str, Any] = {"prompts": list(prompts)}
     if isinstance(samples, Tensor):
         request["images"] = [
             _base64(encode_png(image, f"sample {index}"))
-            for index, image in enumerate(samples, start)
+            for index, image in zip(batch, samples, strict=True)
         ]
     else:
         request["responses"] = [sample.text for sample in samples]
@@ -151,7 +158,7 @@ def _request(samples: Tensor | Sequence[Response], prompts: Sequence[str], start
     try:
         return json.dumps(request).encode("ascii") + b"\n"
     except TypeError as error:  # a row of a parquet file may hold what JSON cannot
-        raise InputError(f"sample {start} and following: {error}") from error
+        raise InputError(f"sample {batch[0]} and following: {error}") from error
 
 
 def _file(image: Image.Image | ImageRef) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.config import as_path
+from mmalign.scoring import scores_sets
 
 if TYPE_CHECKING:
     from mmalign.config import RewardConfig
@@ -27,7 +28,7 @@ def reward_identity(config: RewardConfig, reward: Reward | TextReward) -> dict[s
 
     A reward may have an attribute `fingerprint` that says what else its scores depend on, such as
     the revision of a server. None there means that equal samples may get other scores, as when
-    people judge.
+    people judge; so it is with a reward that scores a sample against others.
 
     Returns:
         The description, or None where scores may not be kept.
@@ -35,7 +36,7 @@ def reward_identity(config: RewardConfig, reward: Reward | TextReward) -> dict[s
     Raises:
         OSError: if a file it names cannot be read.
     """
-    if getattr(reward, "fingerprint", "") is None:
+    if getattr(reward, "fingerprint", "") is None or scores_sets(reward):
         return None
     return describe_reward(config, reward)
 

@@ -46,10 +46,16 @@ class Rating:
 
 
 class JudgedReward:
-    """The rating that a language model gives to each answer; what `judge` and others share."""
+    """The rating that a language model gives to each answer; what `judge` and others share.
+
+    Attributes:
+        fingerprint: what a cache of scores takes the server for: the endpoint's `revision`; None,
+            without one, keeps no scores.
+    """
 
     modality: Modality = "text"
     differentiable = False
+    fingerprint: str | None
 
     def __init__(self, name: str, endpoint: Mapping[str, Any], rating: Rating) -> None:
         """Check the options; nothing is sent yet.
@@ -64,6 +70,7 @@ class JudgedReward:
             raise InputError(f"reward {name}: template has no {{response}}")
         self.name, self.range = name, (float(rating.low), float(rating.high))
         self._chat, self._rating = ChatEndpoint(endpoint_config(endpoint, name)), rating
+        self.fingerprint = self._chat.config.revision
 
     def __call__(self, samples: Sequence[Response], prompts: Sequence[str]) -> Tensor:
         """Score answers to questions; returns (B,) between `low` and `high`.

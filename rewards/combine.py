@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmalign.config import Combination, RewardConfig
 from mmalign.processes import gather, rank, world_size
-from mmalign.scoring import BatchedReward, is_out_of_memory, score_samples
+from mmalign.scoring import BatchedReward, is_out_of_memory, score_samples, scores_sets
 from mmalign.types import InputError, Modality, Reward
 
 Normalization = Literal["none", "zscore", "prompt_zscore", "prompt_rank"]
@@ -57,6 +57,7 @@ class CombinedReward:
     one call, or score in parts and use `combine_scores` on the whole.
 
     Attributes:
+        scores_sets: whether a reward, watched ones included, compares the samples of a prompt.
         watch: told the raw scores of each call; only then rewards that are `eval_only` run at all.
     """
 
@@ -90,6 +91,7 @@ class CombinedReward:
             raise InputError("no reward to train on: every reward is eval_only")
         how = [normalization_of(config, combine) for _, config in training]
         self.compares = any(one != "none" for one in how) or combine == "gdpo"
+        self.scores_sets = any(scores_sets(reward) for reward, _ in rewards)
         self.differentiable = "prompt_rank" not in how and all(
             reward.differentiable for reward, _ in training
         )

@@ -46,6 +46,7 @@ class CommandReward(ExternalReward):
         batch_size: int = 16,
         range: Sequence[float] = UNBOUNDED,
         modality: Modality = "image",
+        scores_sets: bool = False,
     ) -> None:
         """Start the program.
 
@@ -56,12 +57,19 @@ class CommandReward(ExternalReward):
             batch_size: images per request.
             range: smallest and largest score.
             modality: `image`, or `text` to score answers.
+            scores_sets: whether a sample is scored against the others of its prompt: a request then
+                holds whole prompts.
 
         Raises:
             InputError: the program cannot be started, or an option is out of range.
         """
         super().__init__(
-            name, timeout=timeout, batch_size=batch_size, range=range, modality=modality
+            name,
+            timeout=timeout,
+            batch_size=batch_size,
+            range=range,
+            modality=modality,
+            scores_sets=scores_sets,
         )
         if isinstance(command, str) or not command:
             raise InputError(

@@ -26,6 +26,7 @@ class CallableReward:
         differentiable: bool = False,
         range: tuple[float, float] = (float("-inf"), float("inf")),
         modality: Modality = "image",
+        scores_sets: bool = False,
     ) -> None:
         """Wrap a function.
 
@@ -35,6 +36,8 @@ class CallableReward:
             differentiable: whether gradients reach the images.
             range: smallest and largest score.
             modality: `image`, or `text` for `fn(responses, prompts)`, or `audio`.
+            scores_sets: whether a sample is scored against the others of its prompt: a call then
+                holds whole prompts.
 
         Raises:
             InputError: if the path cannot be imported or is not callable.
@@ -45,6 +48,7 @@ class CallableReward:
         self.function: Callable[..., Any] = found
         self.name = name or str(getattr(found, "__name__", type(found).__name__))
         self.differentiable, self.modality = differentiable, modality
+        self.scores_sets = scores_sets
         self.range = (float(range[0]), float(range[1]))
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:

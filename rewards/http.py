@@ -35,6 +35,8 @@ class HttpReward(ExternalReward):
         token_env: environment variable with the secret that the server asks for.
         modality: `image`, or `text` to score answers.
         revision: names what scores behind the URL; only with it are scores kept in a cache.
+        scores_sets: whether a sample is scored against the others of its prompt, as `lpips` does: a
+            request then holds whole prompts, and no score is kept.
 
     Raises:
         InputError: for another kind of address, an option out of range, or an environment variable
@@ -51,6 +53,7 @@ class HttpReward(ExternalReward):
     token_env: str | None = None
     modality: Modality = "image"
     revision: str | None = None
+    scores_sets: bool = False
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -60,6 +63,7 @@ class HttpReward(ExternalReward):
             batch_size=self.batch_size,
             range=self.range,
             modality=self.modality,
+            scores_sets=self.scores_sets,
         )
         label = f"reward {self.name}"
         if self.concurrency < 1:
@@ -79,13 +83,13 @@ class HttpReward(ExternalReward):
         return self.revision
 
     def _each(
-        self, score: Callable[[int], list[float]], starts: Sequence[int]
+        self, score: Callable[[Sequence[int]], list[float]], batches: Sequence[Sequence[int]]
     ) -> list[list[float]]:
         """Score several batches at a time; the first failure ends what has not begun."""
-        if len(starts) < 2 or self.concurrency == 1:
-            return super()._each(score, starts)
-        with ThreadPoolExecutor(min(self.concurrency, len(starts))) as pool:
-            futures = [pool.submit(score, start) for start in starts]
+        if len(batches) < 2 or self.concurrency == 1:
+            return super()._each(score, batches)
+        with ThreadPoolExecutor(min(self.concurrency, len(batches))) as pool:
+            futures = [pool.submit(score, batch) for batch in batches]
             try:
                 return [future.result() for future in futures]
             except BaseException:

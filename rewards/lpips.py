@@ -36,14 +36,16 @@ class LpipsReward:
         d(x, y) = sum_l mean_hw sum_c w_lc (f_lc(x) / |f_l(x)| - f_lc(y) / |f_l(y)|)^2
 
     f_l are feature maps of AlexNet (5), VGG-16 (5) or SqueezeNet 1.1 (7) and w_l the published
-    weights (v0.1, not negative). 0 for equal images. It is a reward of sets: score all images of a
-    prompt in one call, with at least two of them. Images are not resized. Differentiable.
+    weights (v0.1, not negative). 0 for equal images. It scores sets: all images of a prompt belong
+    into one call, and at least two of them. Images are not resized. Differentiable.
     """
 
     name = "lpips"
     modality: Modality = "image"
     differentiable = True
     range = (0.0, float("inf"))
+    scores_sets = True
+    fingerprint = None  # a distance to images that are others next time: never kept in a cache
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class PeopleReward:
     modality: Modality = "image"
     differentiable = False
     range = (0.0, 1.0)
+    scores_sets = True
     fingerprint = None  # an image's share depends on its rivals: never kept in a cache
 
     def __init__(self, folder: str = "people", votes: int = 1) -> None:

@@ -110,7 +110,8 @@ class SimilarityReward:
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1]; returns (B,) on the images' device."""
-        described = self.describe(_middle(samples, self.crop))
+        shown = _middle(samples, self.crop) if self.kind == "face" else samples
+        described = self.describe(shown)
         if self.kind != "style":
             table = described[0] @ self.references[0].T
         else:
@@ -191,8 +192,6 @@ def _face(path: Path, dtype: str, device: str) -> Describe:
 
 def _middle(images: Tensor, share: float) -> Tensor:
     """Cut a centred square, its side a share of the short side, out of images (B, 3, H, W)."""
-    if share == 1:  # what follows takes the largest square by itself
-        return images
     height, width = images.shape[-2:]
     side = max(round(min(height, width) * share), 1)
     top, left = (height - side) // 2, (width - side) // 2

@@ -34,6 +34,10 @@ class YesNoReward:
     and 0.5 for an answer that names none. It rewards saying what the model stands by when it is
     asked, as RLAIF-V scores claims (Yu et al. 2024, arXiv 2405.17220); the model may be the one
     that is trained.
+
+    Attributes:
+        fingerprint: what a cache of scores takes the server for: the endpoint's `revision`; None,
+            without one, keeps no scores.
     """
 
     name = "yes_no"
@@ -61,6 +65,7 @@ class YesNoReward:
         if "{object}" not in question:
             raise InputError("reward yes_no: question has no {object}")
         self._chat = None if endpoint is None else ChatEndpoint(endpoint_config(endpoint, "yes_no"))
+        self.fingerprint = "" if self._chat is None else self._chat.config.revision
         self._question = question
         self._vocabulary: Vocabulary | None = None
         if self._chat is not None:

@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torchvision.models import squeezenet1_1
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -90,6 +91,30 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return err.removeprefix("error: ").rstrip("\n")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lpips_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Options of the reward `lpips` on a random SqueezeNet."""
+    folder = tmp_path_factory.mktemp("lpips")
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        features = squeezenet1_1().features
+    state = {
+        f"features.{name}": 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in features.state_dict().items()
+    }
+    torch.save(state, folder / "backbone.pth")
+    linear = {
+        f"lin{level}.model.1.weight": torch.rand(1, width, 1, 1, generator=generator)
+        for level, width in enumerate((64, 128, 256, 384, 384, 512, 512))
+    }
+    torch.save(linear, folder / "squeeze.pth")
+    return {
+        "weights": str(folder / "squeeze.pth"),
+        "backbone": str(folder / "backbone.pth"),
+        "network": "squeeze",
+    }
 
 
 def make_tokenizer() -> CLIPTokenizer:

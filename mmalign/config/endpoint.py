@@ -18,6 +18,8 @@ class EndpointConfig:
         retries: attempts after the first, when the server is out of reach or busy.
         concurrency: requests under way at a time.
         extra: further fields of every request.
+        revision: names what answers behind the address. Only with it does a cache of scores keep
+            what a reward was told; another one has everything asked again.
     """
 
     url: str = ""
@@ -27,3 +29,4 @@ class EndpointConfig:
     retries: int = 5
     concurrency: int = 8
     extra: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
