@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mmalign.config import as_path
 from mmalign.data.score_cache import ScoreCache, image_key, response_key
 from mmalign.rewards import load_rewards
-from mmalign.rewards._identity import describe_reward
+from mmalign.rewards._identity import describe_reward, reward_identity
 from mmalign.rewards.combine import unique_names
 from mmalign.scoring import BatchedReward
 from mmalign.types import InputError
@@ -142,28 +142,37 @@ def identify(reward: Reward | TextReward, config: RewardConfig) -> dict[str, Any
     Raises:
         InputError: if a file of the reward cannot be read.
     """
-    try:
+    with _files_of(config):
         return describe_reward(config, reward)
+
+
+def identify_kept(reward: Reward | TextReward, config: RewardConfig) -> dict[str, Any] | None:
+    """Describe a reward for a cache; None, and a line that says so, where nothing may be kept.
+
+    Raises:
+        InputError: if a file of the reward cannot be read.
+    """
+    with _files_of(config):
+        identity = reward_identity(config, reward)
+    if identity is None:
+        tqdm.write(
+            f"reward {reward.name}: its scores are not cached, since the same sample may get "
+            "another score next time"
+        )
+    return identity
+
+
+@contextmanager
+def _files_of(config: RewardConfig) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"reward {config.name}: cannot read its files: {error}") from error
 
 
-def may_be_kept(reward: Reward | TextReward, identity: Mapping[str, Any]) -> bool:
-    """Tell whether scores may go into a cache, and say so where they may not."""
-    if identity["fingerprint"] is not None:
-        return True
-    tqdm.write(
-        f"reward {reward.name}: its scores are not cached, since the same sample may get "
-        "another score next time"
-    )
-    return False
-
-
 def _open(reward: Reward | TextReward, config: RewardConfig, folder: Path) -> ScoreCache | None:
-    identity = identify(reward, config)
-    if not may_be_kept(reward, identity):
-        return None
-    return ScoreCache(folder, config.name, identity)
+    identity = identify_kept(reward, config)
+    return None if identity is None else ScoreCache(folder, config.name, identity)
 
 
 def _key(sample: Tensor | Response, prompt: str) -> bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.config import as_path
 from mmalign.data.score_cache import ScoreCache
-from mmalign.pipelines._cached import CachedReward, identify, may_be_kept, saved
+from mmalign.pipelines._cached import CachedReward, identify, identify_kept, saved
 from mmalign.pipelines._image_batches import refuse_sets
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ class ShardRewards:
             InputError: if a file of a reward cannot be read, or a reward compares the images of a
                 prompt.
         """
-        self.identities = {name: identify(*one) for name, one in rewards.items()}
         self.hits = 0
         self._device = device
         self._folder = None if folder is None else as_path(folder)
@@ -58,11 +57,9 @@ class ShardRewards:
             for name, (reward, config) in rewards.items()
         }
         refuse_sets(self._rewards)
-        self._kept = [
-            name
-            for name, (reward, _) in rewards.items()
-            if folder is not None and may_be_kept(reward, self.identities[name])
-        ]
+        kept = {name: identify_kept(*one) for name, one in rewards.items() if folder is not None}
+        self._kept = [name for name, identity in kept.items() if identity is not None]
+        self.identities = {name: kept.get(name) or identify(*one) for name, one in rewards.items()}
 
     def __call__(
         self, images: Tensor, prompts: list[str], names: list[str]
