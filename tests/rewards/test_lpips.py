@@ -127,7 +127,7 @@ def test_equals_the_papers_definition(folder: Path, network: str) -> None:
     )
     scores = reward(images, prompts)
     assert isinstance(reward, Reward)
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
 def test_equal_images_have_no_distance_and_a_finite_gradient(folder: Path) -> None:
@@ -139,10 +139,11 @@ def test_equal_images_have_no_distance_and_a_finite_gradient(folder: Path) -> No
     assert bool(torch.isfinite(images.grad).all())
 
 
-@pytest.mark.parametrize("network", ["alex", "squeeze"])
+@pytest.mark.parametrize("network", WIDTHS)
 def test_gradients_reach_the_images(folder: Path, network: str) -> None:
     reward = load(folder, network, dtype="float64")
-    check_gradients(lambda images: reward(images, ["", ""]), 2, 3, 64, 64)
+    side = 32 if network == "vgg" else 64  # VGG is slow, AlexNet needs the larger one
+    check_gradients(lambda images: reward(images, ["", ""]), 2, 3, side, side)
 
 
 def test_half_precision(folder: Path) -> None:

@@ -47,9 +47,8 @@ def test_equals_transformers(folder: Path) -> None:
     scores = reward(images, PROMPTS)
     assert isinstance(reward, Reward)
     assert scores.std() > 0.5
-    torch.testing.assert_close(
-        scores, authors_scores(folder, images, PROMPTS), rtol=1e-5, atol=1e-5
-    )
+    expected = authors_scores(folder, images, PROMPTS)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)  # of up to 100
     assert reward.range == pytest.approx((-100, 100), rel=1e-4)
 
 
