@@ -30,7 +30,7 @@ from torch import Tensor
 from mmalign.pipelines._label_app import is_loopback
 from mmalign.pipelines._lingering import Lingering
 from mmalign.pipelines._reward_request import Asked, Sample, read_request
-from mmalign.scoring import BatchedReward, ScorerError
+from mmalign.scoring import BatchedReward, ScorerError, scores_sets
 from mmalign.types import InputError
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ class _Server:
         self._token, self._local_only, self._device = token, local_only, device
         self._batched = BatchedReward(reward, config.batch_size)
         # Where a score depends on the other samples of a call, strangers' samples stay apart.
-        self._merges = getattr(reward, "fingerprint", "") is not None
+        alone = getattr(reward, "fingerprint", "") is None or scores_sets(reward)
+        self._merges = not alone
         self._tasks: asyncio.Queue[Task] = asyncio.Queue()
         self._room = _Room(config.max_total_pixels)
         self._thread = ThreadPoolExecutor(1, "reward")  # one batch at a time, as memory wants it
