@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tars import plain, write_tar
 from torch import Tensor
 
 from mmalign.config import Combination, PairRule, PairsBuildConfig, PairsConfig, RewardConfig
@@ -37,22 +37,15 @@ def channel(number: int, **more: Any) -> RewardConfig:
 @pytest.fixture
 def pictures(tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Lay the same candidates out twice: as a folder with a table, and as a shard."""
-    folder, rows = tmp_path / "folder", []
+    folder, rows, members = tmp_path / "folder", [], []
     folder.mkdir()
-    (tmp_path / "shards").mkdir()
-    with tarfile.open(tmp_path / "shards" / "000000.tar", "w") as archive:
-        for prompt, colors in COLORS.items():
-            for number, color in enumerate(colors):
-                buffer = io.BytesIO()
-                Image.new("RGB", (6, 6), color).save(buffer, "PNG")
-                name = f"{prompt}{number}.png"
-                (folder / name).write_bytes(buffer.getvalue())
-                rows.append(json.dumps({"file_name": name, "prompt": prompt}))
-                text = (f"{prompt}{number}.txt", prompt.encode())
-                for member, data in ((name, buffer.getvalue()), text):
-                    info = tarfile.TarInfo(member)
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
+    for prompt, colors in COLORS.items():
+        for number, color in enumerate(colors):
+            name, picture = f"{prompt}{number}.png", plain(color)
+            (folder / name).write_bytes(picture)
+            rows.append(json.dumps({"file_name": name, "prompt": prompt}))
+            members += [(name, picture), (f"{prompt}{number}.txt", prompt.encode())]
+    write_tar(tmp_path / "shards" / "000000.tar", members)
     (folder / "table.jsonl").write_text("\n".join(rows))
     table = {"images": str(folder), "prompts": str(folder / "table.jsonl")}
     return table, {"images": str(tmp_path / "shards")}

@@ -23,14 +23,13 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from PIL import Image
+from served_reward import served
 
 from mmalign import endpoint
 from mmalign.cli import main
-from mmalign.config import RewardConfig, ServeRewardConfig
+from mmalign.config import RewardConfig
 from mmalign.pipelines import _reward_app, _reward_request
-from mmalign.pipelines._reward_app import make_app
 from mmalign.rewards import load_reward
 from mmalign.rewards.combine import CombinedReward
 from mmalign.scoring import score_samples
@@ -62,26 +61,6 @@ class Gate:
         if "fail" in prompts:
             raise RuntimeError("no such picture")
         return samples.mean((1, 2, 3))
-
-
-@contextmanager
-def served(
-    reward: Any, *, token: str | None = None, local_only: bool = True, **options: Any
-) -> Iterator[str]:
-    """Serve a reward from a thread of this process; gives the address."""
-    config = ServeRewardConfig(**options)
-    app = make_app(reward, config, token=token, local_only=local_only, device="cpu")
-    settings = uvicorn.Config(app, port=0, log_level="warning", lifespan="on")
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 def remote(url: str, modality: Any = "image", **options: Any) -> Any:

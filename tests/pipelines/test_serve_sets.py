@@ -6,18 +6,16 @@ import json
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
+from served_reward import served
 from torch import Tensor
 
-from mmalign.config import RewardConfig, ServeRewardConfig
-from mmalign.pipelines._reward_app import make_app
+from mmalign.config import RewardConfig
 from mmalign.rewards import load_reward
 from mmalign.rewards._identity import reward_identity
 from mmalign.rewards.lpips import LpipsReward
@@ -37,21 +35,6 @@ class Gated(LpipsReward):
         self.sizes.append(len(samples))
         self.open.wait(20)
         return super().__call__(samples, prompts)
-
-
-@contextmanager
-def served(reward: Any) -> Iterator[str]:
-    app = make_app(reward, ServeRewardConfig(), token=None, local_only=True, device="cpu")
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 def test_requests_that_wait_are_not_compared_with_each_other(

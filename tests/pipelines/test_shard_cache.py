@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from tars import plain, write_tar
 from torch import Tensor
 
 from mmalign.config import PairsBuildConfig, RewardConfig, ScoreConfig
@@ -38,16 +36,12 @@ def shards(tmp_path: Path) -> Path:
     """Two shards of a prompt each, with six different pictures."""
     SCORED.clear()
     FAILS[0] = 10**9
-    (tmp_path / "shards").mkdir()
     for number in range(2):
-        with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w") as archive:
-            for row in range(ROWS):
-                buffer = io.BytesIO()
-                Image.new("RGB", (8, 8), (40 * row + number, 7, 9)).save(buffer, "PNG")
-                for name, data in ((f"{row}.png", buffer.getvalue()), (f"{row}.txt", b"p")):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
+        members = []
+        for row in range(ROWS):
+            picture = plain((40 * row + number, 7, 9))
+            members += [(f"{row}.png", picture), (f"{row}.txt", b"p")]
+        write_tar(tmp_path / "shards" / f"{number}.tar", members)
     return tmp_path / "shards"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tars import write_tar
 
 from mmalign.config import PairsBuildConfig, RewardConfig, ScoreConfig
 from mmalign.pipelines import pairs_build, score
@@ -21,20 +22,21 @@ from mmalign.types import InputError
 ROWS = 4
 
 
+def bitmap(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, level, level)).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
 def make(folder: Path, first: int) -> Path:
     """Write two shards of grey pictures, which differ in nothing but the levels of grey."""
     folder.mkdir()
     for number in range(2):
-        with tarfile.open(folder / f"{number:06d}.tar", "w") as archive:
-            for row in range(ROWS):
-                buffer = io.BytesIO()
-                level = first + 10 * row + number
-                Image.new("RGB", (8, 8), (level, level, level)).save(buffer, "BMP")
-                prompt = f"p{number}".encode()
-                for name, data in ((f"{row}.bmp", buffer.getvalue()), (f"{row}.txt", prompt)):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
+        members = []
+        for row in range(ROWS):
+            members.append((f"{row}.bmp", bitmap(first + 10 * row + number)))
+            members.append((f"{row}.txt", f"p{number}".encode()))
+        write_tar(folder / f"{number:06d}.tar", members)
     return folder
 
 

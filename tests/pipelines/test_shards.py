@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from tars import plain, write_tar
 
 from mmalign.config import PairsBuildConfig, PairsConfig, RewardConfig, ScoreConfig
 from mmalign.data.readers import read_pairs
@@ -24,22 +22,6 @@ from mmalign.types import InputError
 BRIGHTNESS = RewardConfig(name="brightness")
 
 
-def png(level: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (level, level, level)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write(shard: Path, members: list[tuple[str, bytes]]) -> Path:
-    shard.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(shard, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return shard
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Three shards with two prompts of three grey pictures each."""
@@ -50,9 +32,9 @@ def shards(tmp_path: Path) -> Path:
             key = f"{number}{row:03d}"
             prompt = f"prompt {number} {row % 2}"
             text = json.dumps({"prompt": prompt}).encode()
-            members += [(f"{key}.png", png(40 * row + number))]
+            members += [(f"{key}.png", plain(40 * row + number))]
             members += [(f"{key}.txt", prompt.encode()) if row < 3 else (f"{key}.json", text)]
-        write(folder / f"{number:06d}.tar", members)
+        write_tar(folder / f"{number:06d}.tar", members)
     return folder
 
 
@@ -137,16 +119,16 @@ def test_processes_share_the_shards_and_a_restart_does_what_is_missing(
 
 def test_bad_rows_of_shards_stop_or_are_counted(tmp_path: Path) -> None:
     folder = tmp_path / "bad"
-    write(
+    write_tar(
         folder / "a.tar",
         [
-            ("0.png", png(10)),
+            ("0.png", plain(10)),
             ("0.txt", b"fine"),
             ("1.png", b"no picture"),
             ("1.txt", b"broken"),
-            ("2.png", png(20)),
+            ("2.png", plain(20)),
             ("3.txt", b"alone"),
-            ("4/../../x.png", png(5)),
+            ("4/../../x.png", plain(5)),
             ("4/../../x.txt", b"outside"),
         ],
     )
@@ -194,7 +176,7 @@ def test_what_shards_cannot_do_is_refused(shards: Path, tmp_path: Path) -> None:
         build(shards, tmp_path / "out", rewards=[normalized])
     with pytest.raises(InputError, match="no pairs"):
         build(shards, tmp_path / "gap", min_gap=2.0)
-    write(tmp_path / "shards" / "more" / "000000.tar", [("0.png", png(1))])
+    write_tar(tmp_path / "shards" / "more" / "000000.tar", [("0.png", plain(1))])
     with pytest.raises(InputError, match="no shard matches"):
         score.run(ScoreConfig(reward=["brightness"], images=f"{tmp_path}/none-*.tar"))
     with pytest.raises(InputError, match="prompts: is required"):

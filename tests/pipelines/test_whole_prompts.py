@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from tars import plain, write_tar
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -162,13 +160,7 @@ def test_a_prompt_that_memory_cannot_hold_is_named(
 
 @pytest.mark.parametrize("job", ["score", "pairs build"])
 def test_shards_are_refused(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    with tarfile.open(tmp_path / "0.tar", "w") as archive:
-        for name, data in (("0.png", buffer.getvalue()), ("0.txt", b"a")):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    write_tar(tmp_path / "0.tar", [("0.png", plain(0)), ("0.txt", b"a")])
     arguments = [*job.split(), "--images", str(tmp_path / "*.tar"), "--output", str(tmp_path / "o")]
     if job == "score":
         arguments += ["--reward", "callable", "--options", json.dumps({"callable": SPREAD})]
