@@ -184,6 +184,22 @@ def load_lora(pipeline: DiffusionPipeline, path: Path | str, *, scale: float = 1
     loader.set_adapters([ADAPTER_NAME], [scale])
 
 
+def lora_scaling(module: nn.Module) -> str:
+    """Say by what each LoRA in a network is multiplied, which its weights do not tell.
+
+    Args:
+        module: the network.
+
+    Returns:
+        A line per layer with a LoRA, for hashes; empty where there is none.
+    """
+    return "".join(
+        f"{name} {sorted(layer.scaling.items())}\n"
+        for name, layer in sorted(module.named_modules())
+        if isinstance(layer, BaseTunerLayer)
+    )
+
+
 def read_lora(path: Path | str) -> LoraFile:
     """Read a LoRA file.
 

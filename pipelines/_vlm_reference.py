@@ -47,6 +47,7 @@ class ReferenceScores:
         folder: Path | None,
         share_prefix: bool,
         energies: bool,
+        precision: str,
     ) -> None:
         """Open the cache.
 
@@ -56,13 +57,15 @@ class ReferenceScores:
             folder: of the cache; nothing is kept without one.
             share_prefix: as in `VlmAdapter.score`.
             energies: whether log energies of hidden states are needed.
+            precision: names in which precision the reference is run; what it said in another one is
+                not read.
         """
         self._adapter, self._reference = adapter, reference
         self._share_prefix, self._energies = share_prefix, energies
         self._store: TensorStore | None = None
         if folder is not None:
-            name = content_hash(f"{LAYOUT} {adapter.fingerprint} {energies}".encode()).hex()
-            self._store = TensorStore(folder / name)
+            name = f"{LAYOUT} {adapter.fingerprint} {energies} {precision}"
+            self._store = TensorStore(folder / content_hash(name.encode()).hex())
         self.computed = 0
 
     @property

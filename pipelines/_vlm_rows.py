@@ -141,8 +141,10 @@ class RowMaker:
         prefix, features = self._prefix(sample, first)
         answers = [self._answer(sample, row, pair) for row in rows]
         drawn = (self._preset.images, sample.epoch, self._seed, pair.pair_id)
+        # Which pair is the other one depends on how many there are, and on their order.
+        shown = self._pairs[self.other(sample).number] if first.image == "other" else pair
         parts = (
-            None if pair.images is None else pair.images.key,
+            None if shown.images is None else shown.images.key,
             first.image,
             None if first.image in ("clean", "absent") else drawn,
             prefix.tolist(),

@@ -129,6 +129,7 @@ class _Job:
         self.meter = VlmMeter()
         self.meter.watch(adapter.model)
         folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
+        text_weights = adapter.model.get_input_embeddings().weight
         # Divided weights want all processes to run as many forwards, which a cache does not.
         uncached = config.reference_update != "never" or sharding.requested()
         self._scores = ReferenceScores(
@@ -137,6 +138,8 @@ class _Job:
             folder=folder if config.cache_reference and not uncached else None,
             share_prefix=config.share_prefix,
             energies=bool(plan(preset).ref_hidden),
+            # Full fine-tuning holds in float32 what a LoRA leaves as it was loaded.
+            precision=f"{accelerator.mixed_precision} {text_weights.dtype}",
         )
         maker = RowMaker(
             adapter,

@@ -86,6 +86,8 @@ def test_text_encoder_lora_is_loaded_kept_and_merged(tiny_sd: Path, tmp_path: Pa
     adapter.release_encoders()
     assert (sample(adapter) - expected).abs().max() == 0
     assert adapter.fingerprint != load(tiny_sd).fingerprint
+    weaker = load(tiny_sd, adapter=str(tmp_path), adapter_scale=0.5, for_training=True)
+    assert weaker.fingerprint != adapter.fingerprint
     export_merged(adapter, tmp_path / "merged")
     torch.testing.assert_close(sample(load(tmp_path / "merged")), expected, rtol=0, atol=1e-5)
 

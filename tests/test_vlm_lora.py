@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vlm_models import edited
 
 from mmalign.adapters import load_vlm
 from mmalign.config import VlmLoraConfig, VlmModelConfig
@@ -51,6 +52,16 @@ def test_settings_are_those_of_peft(saved: Path) -> None:
     assert settings["base_model_name_or_path"] == "some/model"
     tensors = load_file(saved / "adapter_model.safetensors")
     assert all(name.startswith("base_model.model.model.language_model.") for name in tensors)
+
+
+def test_fingerprint_follows_alpha(vlm: Callable[[str], Path], saved: Path, tmp_path: Path) -> None:
+    def fingerprint(adapter: Path) -> str:
+        config = VlmModelConfig(model=str(vlm("llava")), adapter=str(adapter), offline=True)
+        return load_vlm(config, "cpu").fingerprint
+
+    stronger = edited(saved, tmp_path / "stronger", "adapter_config.json", lora_alpha=8)
+    assert fingerprint(saved) == fingerprint(saved)
+    assert fingerprint(stronger) != fingerprint(saved)
 
 
 def test_training_goes_on_from_a_file(saved: Path, fresh: Callable[[], Any]) -> None:

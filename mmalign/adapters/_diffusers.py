@@ -28,6 +28,7 @@ from mmalign.adapters._folder import first_line
 from mmalign.adapters._source import ModelSource
 from mmalign.config import SamplingConfig
 from mmalign.diffusion import PredictionType, add_noise
+from mmalign.lora import lora_scaling
 from mmalign.sharding import unwrapped
 from mmalign.types import Condition, InputError, LatentMoments
 
@@ -289,6 +290,7 @@ class DiffusersAdapter(DdimSteps, ABC):
                 digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 digest.update(raw.numpy().data)
+            digest.update(lora_scaling(part).encode())
             if name != "vae":
                 tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
                 vocabulary = sorted(tokenizer.get_vocab().items())

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 import xxhash
-from torch import nn
 
 from mmalign.adapters._folder import first_line, local_folder
 from mmalign.config import VlmModelConfig
 from mmalign.data.weight_index import refuse_foreign_shards
+from mmalign.lora import lora_scaling
 from mmalign.types import InputError
 
 SAMPLES = 1024
@@ -130,7 +130,7 @@ def _check_weights(name: str, folder: Path) -> None:
     raise InputError(f"{name}: has no .safetensors weights")
 
 
-def fingerprint_of(model: nn.Module, processor: Any) -> str:
+def fingerprint_of(model: Any, processor: Any) -> str:
     """Hash settings, tokenizer, template, and evenly spaced samples of every weight.
 
     All weights of a large model would take minutes, and a fine-tuned one differs everywhere.
@@ -139,6 +139,8 @@ def fingerprint_of(model: nn.Module, processor: Any) -> str:
     tokenizer = processor.tokenizer
     for text in (
         type(model).__name__,
+        json.dumps(_settings(model.config.to_dict()), default=str, sort_keys=True),
+        lora_scaling(model),
         processor.to_json_string(),
         str(processor.chat_template or tokenizer.chat_template),
         tokenizer.backend_tokenizer.to_str(),
@@ -150,3 +152,12 @@ def fingerprint_of(model: nn.Module, processor: Any) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(picked.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what wrote a configuration and where, at every depth."""
+    return {
+        key: _settings(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not str(key).startswith("_") and key != "transformers_version"
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,22 @@ def test_unusable_checkpoints_are_one_line(vlm: Callable[[str], Path], tmp_path:
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="family is llava, not qwen_vl"):
         load_vlm(VlmModelConfig(model=str(source), family="qwen_vl"), "cpu")
+
+
+def test_fingerprint_follows_settings_of_the_model(
+    vlm: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def fingerprint(folder: Path) -> str:
+        return load_vlm(VlmModelConfig(model=str(folder), offline=True), "cpu").fingerprint
+
+    source = vlm("llava")
+    text = json.loads((source / "config.json").read_text())["text_config"]
+    same = edited(source, tmp_path / "same", "config.json", transformers_version="5.0.0")
+    other = edited(
+        source, tmp_path / "other", "config.json", text_config={**text, "rms_norm_eps": 0.1}
+    )
+    assert fingerprint(same) == fingerprint(source)
+    assert fingerprint(other) != fingerprint(source)
 
 
 def test_fingerprint_follows_weights_and_template(

@@ -297,6 +297,24 @@ def test_cache_is_shared_by_runs(vlm: Callable[[str], Path], pairs: Path, tmp_pa
     assert first[0]["loss"] == second[0]["loss"]
 
 
+@pytest.mark.usefixtures("another_precision")
+def test_cache_is_not_shared_across_precisions(
+    vlm: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    full = VlmLoraConfig(enabled=False)
+    runs: list[dict[str, Any]] = [
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "no"},
+        {"mixed_precision": "no", "dtype": "bfloat16"},
+        {"mixed_precision": "no", "dtype": "bfloat16", "lora": full},
+    ]
+    for index, more in enumerate(runs):
+        AcceleratorState._reset_state()
+        cache = str(tmp_path / "cache")
+        train(vlm("llava"), pairs, tmp_path / str(index), cache_dir=cache, max_steps=1, **more)
+        assert len(list((tmp_path / "cache").iterdir())) == index + 1
+
+
 def test_too_long_rows_are_dropped_and_counted(
     vlm: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from mmalign.pipelines._vlm_rows import RowMaker, Sample
 from mmalign.types import Branches, ImageRef, VlmPair
 
 FAMILIES = ["llava", "llava_next", "qwen2_5_vl"]
+PHOTOS = ("astronaut", "coffee", "chelsea")
 
 
 def png(name: str) -> ImageRef:
@@ -37,7 +38,7 @@ def by_length(pictures: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def make(vlm: Callable[[str], Path]) -> Callable[..., RowMaker]:
-    def build(name: str, preset: str, seed: int = 0) -> RowMaker:
+    def build(name: str, preset: str, seed: int = 0, photos: Sequence[str] = PHOTOS) -> RowMaker:
         adapter: VlmFamily = load_vlm(VlmModelConfig(model=str(vlm(name)), offline=True), "cpu")
         pairs = [
             VlmPair(
@@ -47,7 +48,7 @@ def make(vlm: Callable[[str], Path]) -> Callable[..., RowMaker]:
                 rejected=f"No blue square and {photo} here.",
                 images=(png(photo),),
             )
-            for photo in ("astronaut", "coffee", "chelsea")
+            for photo in photos
         ]
         encoded = EncodedPairs(pairs, adapter, max_length=None, on_bad_row="stop")
 
@@ -140,6 +141,21 @@ def test_variants_keep_the_number_of_image_tokens(name: str, make: Callable[...,
     assert other.branches.features is not None
     assert own.branches.features is not None
     assert torch.equal(other.branches.features.embeds, own.branches.features.embeds)
+
+
+def test_key_follows_the_other_pairs_image(make: Callable[..., RowMaker]) -> None:
+    def shown(*photos: str) -> tuple[str | None, Tensor]:
+        maker = make("llava", "mdpo_masked", photos=photos)
+        (group,) = maker.groups(Sample(0, 0), (Row(image="other"),))
+        assert group.branches.features is not None
+        return group.key, group.branches.features.embeds
+
+    (key, embeds), again, other = (
+        shown("astronaut", name) for name in ("coffee", "coffee", "chelsea")
+    )
+    assert again[0] == key
+    assert other[0] != key
+    assert not torch.equal(other[1], embeds)
 
 
 def test_own_answers_depend_on_the_policy_and_are_not_cached(
