@@ -13,12 +13,16 @@ from typing import Any
 from mmalign.config import (
     TRACKERS,
     BenchmarkConfig,
+    DiffusionKtoConfig,
+    DroConfig,
     EvalConfig,
     GenerateConfig,
+    MapoConfig,
     OfflineConfig,
     OnlineConfig,
     OnlineDpoConfig,
     PairsBuildConfig,
+    PreferenceConfig,
     RunConfig,
     ScoreConfig,
     ShapesPicturesConfig,
@@ -28,6 +32,7 @@ from mmalign.config import (
     how_to_install,
     is_installed,
 )
+from mmalign.config.losses import check_constants, refuse_preference
 from mmalign.data.files import is_shards
 from mmalign.types import InputError
 
@@ -144,6 +149,12 @@ _WRITE_FOLDERS = (
     PairsBuildConfig,
     ShapesPicturesConfig,
 )  # else `output` may be a file
+_OWN_LOSSES: Mapping[type[OfflineConfig], str] = {
+    DiffusionKtoConfig: "diffusion-kto",
+    DroConfig: "dro",
+    MapoConfig: "mapo",
+}
+"""Methods that take pairs and use no preference loss."""
 PREVIEW_ROWS = 64
 """Pairs looked at before training; the rest follows when the pipeline reads them all."""
 
@@ -170,6 +181,7 @@ def check_config(config: object) -> None:
     _check_shard(getattr(config, "shard", 0), getattr(config, "num_shards", 1))
     if isinstance(config, BenchmarkConfig):
         _check_number("resamples", config.resamples, 1, _INF)  # topic overwriting may do without
+    _check_loss(config)
     if isinstance(config, TrainConfig):
         _check_resume(config)
         _check_trackers(config.report_to)
@@ -243,6 +255,16 @@ def _check_output(name: str, value: str, *, is_file: bool) -> None:
         so = "" if folder == path else f", so {value} cannot be created"
         problem = f"{folder} is not writable ({error.strerror}){so}"
         raise InputError(f"{name}: {problem}") from error
+
+
+def _check_loss(config: object) -> None:
+    """Refuse what the method would ignore; presets are looked at when they are resolved."""
+    if not isinstance(config, PreferenceConfig):
+        return
+    for method, name in _OWN_LOSSES.items():
+        if isinstance(config, method):
+            refuse_preference(name, config)
+    check_constants(config, texts=isinstance(config, VlmDpoConfig))
 
 
 def _check_resume(config: TrainConfig) -> None:

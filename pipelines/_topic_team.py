@@ -164,6 +164,10 @@ def _similarity(config: TopicOverwriteConfig) -> Job[Any]:
     options = asdict(config.similarity)
     for name in ("threshold", "batch_size"):
         del options[name]
+    paths = (config.similarity.clip_model, config.similarity.clip_pretrained)
+    files = [_files(as_path(path)) if path else [] for path in paths]
+    if any(files):
+        options["files"] = files
     identity = json.dumps(options, sort_keys=True)
     return Job(identity, lambda: ClipSimilarity(config.similarity, resolve_device(config.device)))
 
@@ -191,10 +195,9 @@ def _identity(config: VlmModelConfig) -> str:
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """List what tells a changed checkpoint: names, sizes and times of its files."""
-    if not folder.is_dir():
-        return []
-    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    """List what tells a changed checkpoint: names, sizes and times of its files, or of one file."""
+    paths = [folder, *sorted(folder.rglob("*"))] if folder.exists() else []
+    stats = ((path, path.stat()) for path in paths if path.is_file())
     return [
         [path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns]
         for path, stat in stats

@@ -21,6 +21,7 @@ from mmalign.config import VlmDpoConfig, dump_config
 from mmalign.data.order import BatchPlan, GroupedOrder, batch_indices
 from mmalign.data.readers import LISTED
 from mmalign.data.vlm_readers import VlmPairTable, read_vlm_pairs
+from mmalign.objectives.vlm import check_used
 from mmalign.objectives.vlm_rows import Preset, plan
 from mmalign.pipelines._training import begin_folder
 from mmalign.pipelines._vlm_evaluation import Evaluator
@@ -58,6 +59,7 @@ def run(config: VlmDpoConfig, *, started: float | None = None) -> RunSummary:
     started = time.monotonic() if started is None else started
     output = Path(config.output_dir)
     preset, trial = resolve_preset(config), load_trial(config)
+    check_used(preset, config)
     table = read_vlm_pairs(config.pairs)
     logger.info(
         "%d pairs, %d ties dropped, %d bad rows skipped",

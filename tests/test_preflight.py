@@ -71,3 +71,74 @@ def test_output_folder_that_is_a_file(tmp_path: Path, fails: Callable[..., str])
     (file := tmp_path / "images").touch()
     flags = ["--model", str(tmp_path), "--output", str(file)]
     assert fails("generate", *flags) == f"output: {file} is a file, so {file} cannot be created"
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "message"),
+    [
+        (
+            "mapo",
+            ["--loss_type", "ipo", "--label_smoothing", "0.4", "--length_normalize", "true"],
+            "mapo fixes its losses: leave out loss_type ipo, label_smoothing 0.4,"
+            " length_normalize True",
+        ),
+        (
+            "diffusion-kto",
+            ["--label_smoothing", "0.4"],
+            "diffusion-kto fixes its losses: leave out label_smoothing 0.4",
+        ),
+        ("dro", ["--alpha", "0.1"], "dro fixes its losses: leave out alpha 0.1"),
+        (
+            "diffusion-dpo",
+            ["--label_smoothing", "0.4"],
+            "label_smoothing: loss_type sigmoid does not use it, only aot, aot_unpaired, cdpo,"
+            " exo_pair, robust; leave it out or choose such a loss_type",
+        ),
+        (
+            "curriculum-dpo",
+            ["--loss_type", "ipo", "--discopop_tau", "0.1"],
+            "discopop_tau: loss_type ipo does not use it, only discopop; leave it out or choose"
+            " such a loss_type",
+        ),
+        (
+            "vlm-dpo",
+            ["--offset_scale", "2"],
+            "offset_scale: loss_type sigmoid does not use it, only offset; leave it out or choose"
+            " such a loss_type",
+        ),
+        (
+            "diffusion-dpo",
+            ["--loss_type", "simpo"],
+            "loss_type: simpo exists for texts only; use another one",
+        ),
+        (
+            "diffusion-dpo",
+            ["--length_normalize", "true"],
+            "length_normalize: images have no length; leave it out",
+        ),
+    ],
+)
+def test_options_of_the_loss_that_would_be_ignored(
+    tmp_path: Path, fails: Callable[..., str], method: str, flags: list[str], message: str
+) -> None:
+    given = ["--pairs.path", str(tmp_path), "--model", str(tmp_path)]
+    assert fails("train", method, *given, *flags) == message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss_type", "robust", "--label_smoothing", "0.1"],
+        ["--loss_type", "offset", "--offset_scale", "2"],
+        ["--loss_type", "discopop", "--discopop_tau", "0.1"],
+        ["--loss_type", "alpha", "--alpha", "0.1"],
+    ],
+)
+def test_options_of_the_loss_that_are_used(
+    tmp_path: Path, fails: Callable[..., str], flags: list[str]
+) -> None:
+    given = ["--pairs.path", str(tmp_path), "--model", str(tmp_path)]
+    plain = fails("train", "diffusion-dpo", *given)  # there are no pairs in the folder
+    assert fails("train", "diffusion-dpo", *given, *flags) == plain
+    used = fails("train", "mapo", *given, "--loss_type", "sigmoid", "--label_smoothing", "0")
+    assert used == plain

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import PreferenceConfig
+from mmalign.config.losses import refuse_preference
 from mmalign.objectives.preference import (
     Answers,
     Metrics,
@@ -58,7 +59,7 @@ from mmalign.sequence import (
     mean_logps,
     sum_logps,
 )
-from mmalign.types import InputError, LogRatios
+from mmalign.types import LogRatios
 
 __all__ = [
     "Extras",
@@ -77,6 +78,7 @@ __all__ = [
     "TokenKl",
     "TokenRule",
     "adapt",
+    "check_used",
     "map_rows",
     "plan",
     "plan_rows",
@@ -151,7 +153,7 @@ def vlm_loss(
         InputError: If the preference config is out of range, or no term of the preset uses it.
     """
     if preference is not None:
-        _check_used(preset, preference)
+        check_used(preset, preference)
     inputs = _Inputs(
         policy_logps,
         ref_logps,
@@ -365,13 +367,14 @@ class _Inputs:
         return _get(self.extras.token_kl, row, "token_kl")
 
 
-def _check_used(preset: Preset, preference: PreferenceConfig) -> None:
-    used = any(term.loss == "preference" for term in active(preset.terms))
-    if not used and preference != PreferenceConfig():
-        raise InputError(
-            f"preset {preset.name} fixes its losses: leave out loss_type {preference.loss_type} and"
-            " its constants, or use another preset"
-        )
+def check_used(preset: Preset, preference: PreferenceConfig) -> None:
+    """Check that a preset uses the preference loss, or that none is configured.
+
+    Raises:
+        InputError: naming the options that would be ignored.
+    """
+    if not any(term.loss == "preference" for term in active(preset.terms)):
+        refuse_preference(f"preset {preset.name}", preference)
 
 
 def _get(table: Mapping[Row, T], row: Row, what: str) -> T:

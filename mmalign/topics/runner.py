@@ -1,7 +1,8 @@
 """Stages as files: `stages/NAME.jsonl`, one line per question, found again by what it depends on.
 
 While a stage runs, finished questions are appended to `stages/.NAME.partial.jsonl`; when it is done
-both become one file in the order of the questions. A run that is killed goes on from there.
+both become one file in the order of the questions, those that only earlier runs asked last. A run
+that is killed goes on from there.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def run_stage(stage: Stage, items: Sequence[Item], folder: Path) -> None:
     file = StageFile(folder, stage.name)
     live = [item for item in items if item.dropped is None]
     keys = {item.id: stage_key(stage, item) for item in live}
-    known = {n: entry for n, entry in file.read().items() if entry[0] == keys.get(n)}
+    before, asked = file.read(), {item.id for item in items}
+    known = {n: entry for n, entry in before.items() if entry[0] == keys.get(n)}
+    others = {n: entry for n, entry in before.items() if n not in asked}  # as under `limit`
     missing = [item for item in live if item.id not in known]
     done = len(live) - len(missing)
     logger.info("%s", describe(stage, missing, done))
@@ -114,7 +117,7 @@ def run_stage(stage: Stage, items: Sequence[Item], folder: Path) -> None:
             file.append(fresh)
             known |= fresh
             bar.update(len(part))
-    file.finish({item.id: known[item.id] for item in live})
+    file.finish({item.id: known[item.id] for item in live} | others)
     for item in live:
         item.results[stage.name] = known[item.id][1]
 

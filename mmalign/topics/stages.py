@@ -301,9 +301,14 @@ class Score(Stage):
 
 
 def drawing(generation: GenerationConfig) -> dict[str, Any]:
-    """Return what generated text depends on: not the batch, and the seed is given elsewhere."""
+    """Return what generated text depends on: not the batch, and a seed only where it draws.
+
+    Seed 0 is left out, so that results of before seeds were part of this are still found.
+    """
     options = asdict(generation)
-    del options["batch_size"], options["seed"]
+    del options["batch_size"]
+    if not (generation.seed and generation.temperature > 0):
+        del options["seed"]
     return options
 
 
@@ -311,7 +316,8 @@ def answer_all(
     stage: Stage, items: Sequence[Item], asked: Sequence[Sequence[Question]], how: GenerationConfig
 ) -> list[list[str]]:
     """Have the model answer questions about several images at once, equal ones again each time."""
-    config = replace(how, seed=derive_seed(stage.config.seed, stage.name))
+    parts = (stage.name, how.seed) if how.seed else (stage.name,)
+    config = replace(how, seed=derive_seed(stage.config.seed, *parts))
     batch = Batch[Question]()
     for item, questions in zip(items, asked, strict=True):
         for number, question in enumerate(questions):

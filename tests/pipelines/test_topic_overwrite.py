@@ -17,6 +17,7 @@ from mmalign.config import (
     EndpointConfig,
     GenerationConfig,
     RoleConfig,
+    SimilarityConfig,
     TopicCurriculumConfig,
     TopicOverwriteConfig,
 )
@@ -260,6 +261,32 @@ def test_options_that_make_no_pairs(options: Any, message: str, config: Any) -> 
     wrong = config(**options)
     with pytest.raises(InputError, match=message):
         overwrite_topics(wrong, team=make_team(wrong, answerer=Hallucinator()))
+
+
+def test_changed_clip_weights_are_another_test_of_similarity(config: Any, tmp_path: Path) -> None:
+    (folder := tmp_path / "clip").mkdir()
+    (folder / "weights").write_text("a")
+    (file := tmp_path / "tuned.pt").write_text("a")
+    for options, changed in (
+        (SimilarityConfig(clip_model=str(folder)), folder / "weights"),
+        (SimilarityConfig(clip_model="ViT-B-32", clip_pretrained=str(file)), file),
+    ):
+        before = make_team(config(similarity=options)).similarity.identity
+        assert make_team(config(similarity=options)).similarity.identity == before
+        changed.write_text("ab")
+        assert make_team(config(similarity=options)).similarity.identity != before
+
+
+def test_seeds_of_drawn_text_are_other_jobs(config: Any) -> None:
+    def identities(temperature: float, seed: int) -> list[str]:
+        how = GenerationConfig(temperature=temperature, seed=seed)
+        own = dict.fromkeys(("splitter", "writer", "rewriter"), RoleConfig())
+        team = make_team(config(model="own", language=how, rewriting=how, **own))
+        return [team.splitter.identity, team.writer.identity, team.rewriter.identity]
+
+    pairs = zip(identities(1.0, 0), identities(1.0, 1), strict=True)
+    assert all(a != b for a, b in pairs)
+    assert identities(0.0, 0) == identities(0.0, 1)  # nothing is drawn
 
 
 def test_jobs_with_the_same_model_share_it(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

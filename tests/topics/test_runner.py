@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mmalign.config import TopicOverwriteConfig
+from mmalign.config import GenerationConfig, TopicOverwriteConfig
 from mmalign.topics.items import Item
 from mmalign.topics.runner import (
     UNREADABLE,
@@ -20,7 +20,7 @@ from mmalign.topics.runner import (
     losses,
     run_stage,
 )
-from mmalign.topics.stages import Sample, Split
+from mmalign.topics.stages import Resample, Sample, Split
 from mmalign.types import InputError
 
 
@@ -102,6 +102,35 @@ def test_more_questions_leave_the_others_alone(setting: Any, world: Any) -> None
     run_stage(sample, items, folder)
     assert world.log["generate"] == 2 * 4
     assert rows(folder)[:3] == before
+
+
+def test_fewer_questions_keep_the_results_of_the_others(setting: Any, world: Any) -> None:
+    items, sample, _, folder = setting(5)
+    run_stage(sample, items, folder)
+    before = (folder / "sample.jsonl").read_bytes()
+    world.log.clear()
+    items, sample, _, _ = setting(5, limit=2)
+    assert len(items) == 2
+    run_stage(sample, items, folder)
+    items, sample, _, _ = setting(5)
+    run_stage(sample, items, folder)
+    assert world.log == {}
+    assert (folder / "sample.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", ["sampling", "resampling"])
+def test_seeds_of_answers_are_other_draws(seed: str, setting: Any, world: Any) -> None:
+    found = []
+    for number in (0, 3):
+        drawn = {seed: GenerationConfig(temperature=1, seed=number)}
+        items, sample, _, folder = setting(2, **drawn)
+        resample = Resample(sample.team, sample.config)
+        for item in items:
+            item.results["ask"] = {"facts": [[["cat is red.", "What is the cat?"]]] * 6}
+        stage = sample if seed == "sampling" else resample
+        run_stage(stage, items, folder)
+        found.append([item.results[stage.name] for item in items])
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"responses": 3}])
