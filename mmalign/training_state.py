@@ -95,7 +95,7 @@ class TrainingState:
                 self._folder,
                 step,
                 {"model": weights, "training": tensors},
-                {"run": self._identity(), "training": skeleton},
+                {"run": _identity(self._config, self.coupled), "training": skeleton},
                 self._config.save_total_limit,
             )
         )
@@ -168,21 +168,6 @@ class TrainingState:
         self.last_step, self.last_path = checkpoint.step, path
         return checkpoint.step
 
-    def _identity(self) -> dict[str, str | int]:
-        """What must be equal for a resumed run to continue the same trajectory.
-
-        The samples of a step are the same however many processes and forwards share them.
-        """
-        forward = self._config.per_device_train_batch_size * world_size()
-        division = {BATCH: forward * self._config.gradient_accumulation_steps}
-        if self.coupled:
-            division[FORWARD] = forward
-        return {
-            "config": type(self._config).__name__,
-            "seed": self._config.seed,
-            **division,
-        }
-
     def _capture(self) -> dict[str, Any]:
         scaler = self._accelerator.scaler
         return {
@@ -196,8 +181,7 @@ class TrainingState:
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        identity = self._identity()
-        _must_match(checkpoint, "run", _division(checkpoint.state.get("run"), identity), identity)
+        check_same_run(checkpoint, self._config, coupled=self.coupled)
         saved = {name: list(value.shape) for name, value in checkpoint.tensors["model"].items()}
         shapes = {name: list(value.shape) for name, value in self._parameters.items()}
         _must_match(checkpoint, "trained weights", saved, shapes)
@@ -232,6 +216,33 @@ class TrainingState:
         }
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_same_run(checkpoint: Checkpoint, config: TrainConfig, *, coupled: bool = False) -> None:
+    """Refuse a checkpoint of another trajectory: of another method, seed or batch size.
+
+    Args:
+        checkpoint: read from the folder of a run.
+        config: options of this run.
+        coupled: the samples of a forward, on all processes together, change each other's loss.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    identity = _identity(config, coupled)
+    _must_match(checkpoint, "run", _division(checkpoint.state.get("run"), identity), identity)
+
+
+def _identity(config: TrainConfig, coupled: bool) -> dict[str, str | int]:
+    """What must be equal for a resumed run to continue the same trajectory.
+
+    The samples of a step are the same however many processes and forwards share them.
+    """
+    forward = config.per_device_train_batch_size * world_size()
+    division = {BATCH: forward * config.gradient_accumulation_steps}
+    if coupled:
+        division[FORWARD] = forward
+    return {"config": type(config).__name__, "seed": config.seed, **division}
 
 
 def _division(saved: Any, identity: Mapping[str, Any]) -> Any:

@@ -28,6 +28,7 @@ from mmalign.config import (
 )
 from mmalign.data.prompts import read_prompts
 from mmalign.options import parse_options
+from mmalign.pipelines._compare_inputs import inputs_of
 from mmalign.types import InputError
 
 COST_NAMES = {"seconds": "train_seconds"}
@@ -44,11 +45,13 @@ Cost = Mapping[str, float]
 class Pairs(NamedTuple):
     """Pairs that a method trains on, before seed and folder are fixed.
 
-    `command` follows `mmalign pairs`; `file` in the folder is what training reads.
+    `command` follows `mmalign pairs`; `file` in the folder is what training reads. `inputs` are
+    what each seed reads besides its flags.
     """
 
     method: MethodConfig
     flags: dict[str, Any]
+    inputs: list[list[str]]
     command: str = "build"
     place: str = "output"
     seeds: tuple[str, ...] = ("sampling.seed",)
@@ -57,7 +60,9 @@ class Pairs(NamedTuple):
     def folder(self, config: CompareConfig, seed: int) -> Path:
         """Name their folder: methods with the same options share it."""
         stem = Path(str(self.method.pairs)).stem
-        key = json.dumps([self.method.pairs, self.flags], sort_keys=True).encode()
+        key = json.dumps(
+            [self.method.pairs, self.flags, self.inputs[seed]], sort_keys=True
+        ).encode()
         label = f"{stem}-{hashlib.blake2b(key, digest_size=4).hexdigest()}"
         return as_path(config.output_dir) / "pairs" / label / f"seed-{seed}"
 
@@ -76,6 +81,7 @@ class Method(NamedTuple):
     parsed: TrainConfig
     pairs: Pairs | None
     pairs_cost: Cost
+    inputs: list[list[str]]
 
     def folder(self, config: CompareConfig, seed: int) -> Path:
         """Name the folder of a run."""
@@ -209,24 +215,27 @@ def _plan(config: CompareConfig, method: MethodConfig) -> Method:
         if name in flags and not (name == "pairs.path" and method.pairs is None):
             raise InputError(f"methods.{method.name}.options: {name} is set by the comparison")
     parsed = _parsed(config_class, method.name, method.config, flags)
+    inputs = [inputs_of(parsed, seed) for seed in range(config.seeds)]
     if method.pairs is None:
-        return Method(method, flags, parsed, None, {})
+        return Method(method, flags, parsed, None, {}, inputs)
     if issubclass(config_class, VlmDpoConfig):
         pairs = _topics(config, method)
-        return Method(method, flags, parsed, pairs, {})
+        return Method(method, flags, parsed, pairs, {}, inputs)
     if not issubclass(config_class, OfflineConfig):
         raise InputError(f"methods.{method.name}.pairs: {method.train} takes no pairs")
     pair_flags = _pair_flags(config, method, "prompts")
     build = _parsed(PairsBuildConfig, method.name, method.pairs, pair_flags)
-    return Method(method, flags, parsed, Pairs(method, pair_flags), pairs_cost(build))
+    pairs = Pairs(method, pair_flags, [inputs_of(build, seed) for seed in range(config.seeds)])
+    return Method(method, flags, parsed, pairs, pairs_cost(build), inputs)
 
 
 def _topics(config: CompareConfig, method: MethodConfig) -> Pairs:
     """Plan pairs of answers; what they cost is known only afterwards, in seconds."""
     flags = _pair_flags(config, method, "questions")
-    _parsed(TopicOverwriteConfig, method.name, method.pairs, flags)
+    topics = _parsed(TopicOverwriteConfig, method.name, method.pairs, flags)
+    inputs = [inputs_of(topics, seed) for seed in range(config.seeds)]
     seeds = ("seed", "sampling.seed", "resampling.seed")
-    return Pairs(method, flags, "topics", "output_dir", seeds, "pairs.jsonl")
+    return Pairs(method, flags, inputs, "topics", "output_dir", seeds, "pairs.jsonl")
 
 
 def _pair_flags(config: CompareConfig, method: MethodConfig, prompts: str) -> dict[str, Any]:

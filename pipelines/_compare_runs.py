@@ -32,6 +32,7 @@ class Task(NamedTuple):
         folder: where its log lies.
         finished: says whether an earlier process has done it.
         succeeded: called with its wall seconds after it ended well.
+        inputs: what it reads besides its arguments.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Task(NamedTuple):
     folder: Path
     finished: Callable[[], bool]
     succeeded: Callable[[float], object] = lambda seconds: None
+    inputs: Sequence[str] = ()
 
 
 @dataclass
@@ -139,17 +141,17 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def _claim(task: Task) -> None:
     """Write down what is run in a folder, and refuse one in which something else was run."""
-    file = task.folder / COMMAND
+    file, identity = task.folder / COMMAND, [*task.arguments, *task.inputs]
     if file.is_file():
         before = json.loads(file.read_text("utf-8"))
-        if before != task.arguments:
-            other = sorted({*before} ^ {*task.arguments})
+        if before != identity:
+            other = sorted({*before} ^ {*identity})
             raise InputError(
                 f"{task.folder}: holds a run of other options ({', '.join(other[:4])}); choose"
                 " another output_dir or remove it"
             )
         return
-    write_bytes(file, json.dumps(task.arguments).encode())
+    write_bytes(file, json.dumps(identity).encode())
 
 
 def _last_line(log: Path) -> str:

@@ -71,6 +71,7 @@ def _pairs_tasks(config: CompareConfig, methods: list[Method]) -> dict[Path, Tas
                 folder=folder,
                 finished=(folder / PAIRS_COST).is_file,
                 succeeded=_pairs_done(folder, method.pairs_cost),
+                inputs=method.pairs.inputs[seed],
             )
     return tasks
 
@@ -102,6 +103,7 @@ def _probe_tasks(config: CompareConfig, methods: Sequence[Method]) -> list[Task]
             arguments=["train", *method.probe_arguments(config)],
             folder=method.probe_folder(config),
             finished=_complete(method.probe_folder(config)),
+            inputs=method.inputs[0],
         )
         for method in methods
         if _pairs_spent(config, method, 0) is not None
@@ -117,6 +119,7 @@ def _train_tasks(config: CompareConfig, methods: Sequence[Method]) -> list[Task]
             arguments=["train", *method.arguments(config, seed, count)],
             folder=method.folder(config, seed),
             finished=_complete(method.folder(config, seed)),
+            inputs=method.inputs[seed],
         )
         for seed in range(config.seeds)
         for method in methods

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,27 @@ def test_folder_of_other_options_is_refused(
     compare.run(comparison(tmp_path, prompts))
     with pytest.raises(InputError, match=r"run of other options .*learning_rate"):
         compare.run(comparison(tmp_path, prompts, options={"learning_rate": 0.5}))
+
+
+@pytest.mark.parametrize("edited", ["build.yaml", "train.yaml", "prompts.txt"])
+def test_edited_files_are_other_options(
+    calls: list[list[str]], prompts: Path, tmp_path: Path, edited: str
+) -> None:
+    train = tmp_path / "train.yaml"
+    train.write_text("beta: 100\n")
+    config = comparison(tmp_path, prompts)
+    config.methods = [replace(config.methods[1], config=str(train))]
+    compare.run(config)
+    done = len(calls)
+    compare.run(config)
+    assert len(calls) == done
+    before = {*(tmp_path / "out/pairs").iterdir()}
+    file = tmp_path / edited
+    text = {"train.yaml": "beta: 9999\n", "prompts.txt": "red\na red\nblue\n"}
+    file.write_text(text.get(edited, file.read_text().replace("prompt: 4", "prompt: 3")))
+    with pytest.raises(InputError, match="holds a run of other options"):
+        compare.run(config)
+    assert (len({*(tmp_path / "out/pairs").iterdir()} - before) == 1) == (edited != "train.yaml")
 
 
 def test_failure_is_one_line_and_stops_nothing_else(

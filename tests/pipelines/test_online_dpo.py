@@ -123,6 +123,57 @@ def test_interrupted_rounds_go_on(
         assert torch.equal(weights(parts)[name], tensor)
 
 
+@pytest.fixture
+def one_done(config: OnlineDpoConfig, monkeypatch: pytest.MonkeyPatch) -> OnlineDpoConfig:
+    """Options that continue a run killed after its first round."""
+    make = online_dpo.build_pairs
+
+    def once(build: Any) -> Any:
+        if "round-1" not in build.output:
+            raise KeyboardInterrupt
+        return make(build)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(online_dpo, "build_pairs", once)
+        with pytest.raises(KeyboardInterrupt):
+            online_dpo.run(config)
+    return replace(config, resume_from_checkpoint="latest")
+
+
+def test_finished_rounds_are_held_to_the_rules_of_a_resumed_run(
+    one_done: OnlineDpoConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = {
+        "seed was 0, now 7": {"seed": 7},
+        "samples per step .* was 2, now 4": {"gradient_accumulation_steps": 2},
+        "has 3 steps already, more than max_steps: 2": {"max_steps": 2},
+    }
+    for match, change in refused.items():
+        with pytest.raises(InputError, match=rf"round-1.checkpoints.checkpoint-3: .*{match}"):
+            online_dpo.run(replace(one_done, **change))
+
+    def stop(build: Any) -> None:
+        raise KeyboardInterrupt
+
+    def said(**change: Any) -> list[str]:
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt):
+            online_dpo.run(replace(one_done, **change))
+        return [r.getMessage() for r in caplog.records if "had other options" in r.getMessage()]
+
+    monkeypatch.setattr(online_dpo, "build_pairs", stop)
+    assert said() == []
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    assert said(rounds=3, evaluation=EvalConfig(), **split) == []
+    jpeg = replace(one_done.candidates, rewards=[RewardConfig(name="jpeg")])
+    (line,) = said(beta=5000.0, candidates=jpeg, max_steps=4)
+    assert line.startswith(f"{Path(one_done.output_dir) / 'round-1'} is kept and had")
+    assert "beta: 10.0 -> 5000.0" in line
+    assert "max_steps: 3 -> 4" in line
+    assert "candidates.rewards: " in line
+    assert "jpeg" in line
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
