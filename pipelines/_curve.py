@@ -7,9 +7,11 @@ sees.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,15 @@ class EarlyStopping:
     The untrained model takes part: where no evaluation beats it, its weights are the best.
     """
 
-    def __init__(self, config: EvalConfig, parameters: Sequence[nn.Parameter]) -> None:
-        """Watch `early_stopping_metric`."""
+    def __init__(
+        self, config: EvalConfig, parameters: Sequence[nn.Parameter], measured: str = ""
+    ) -> None:
+        """Watch `early_stopping_metric`; `measured` names what else moves its values."""
         self.metric = str(config.early_stopping_metric)
         self._patience, self._parameters = config.early_stopping_patience, parameters
         self._best, self._best_step, self._waited = -float("inf"), 0, 0
         self._weights: list[Tensor] = []
+        self._measured = f"{self.metric} {measured}"
 
     @property
     def finished(self) -> bool:
@@ -75,6 +80,7 @@ class EarlyStopping:
     def state_dict(self) -> dict[str, Any]:
         """Return best value, count and weights, for a checkpoint."""
         return {
+            "measured": self._measured,
             "best": self._best,
             "best_step": self._best_step,
             "waited": self._waited,
@@ -82,7 +88,10 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint, or from the base if its values were measured otherwise."""
+        if state.get("measured") != self._measured:
+            logger.warning("evaluation changed: early stopping starts anew from the base")
+            return
         self._best, self._best_step = state["best"], state["best_step"]
         self._waited = state["waited"]
         self._weights = [weight.cpu() for weight in state["weights"]]
@@ -143,8 +152,16 @@ class Curve:
                 f"evaluation.early_stopping_metric: {metric} is not a reward of the evaluation;"
                 f" there are {', '.join(name for name in allowed if name in self._first)}"
             )
-        self.stopping = EarlyStopping(self._config.evaluation, parameters)
+        self.stopping = EarlyStopping(self._config.evaluation, parameters, self._identity())
         self.stopping.update(0, self._first)
+
+    def _identity(self) -> str:
+        """Hash what values depend on besides the weights."""
+        options = asdict(self._config.evaluation)
+        for name in ("every_steps", "early_stopping_patience"):
+            del options[name]
+        parts = [options, self._prompts, list(self._seeds), asdict(self._config.sampling)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def on_step(self, step: int) -> None:
         """Evaluate after an optimizer step, if it is time."""

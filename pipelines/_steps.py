@@ -7,6 +7,7 @@ says how the two sides are back-propagated (together, or one after the other wit
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from mmalign.processes import gather
 from mmalign.sharding import requested
 from mmalign.types import ImageAdapter, InputError, StepOutput
 
+logger = logging.getLogger(__name__)
 PairLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
 """(policy errors (2B,), reference errors (2B,), score margins (B,)) -> (loss (B,), metrics)."""
 
@@ -93,12 +95,16 @@ class DenoisingMeasure:
         """Return the errors that any process has cached."""
         known = {key: errors for found in gather(self._known) for key, errors in found.items()}
         return {
+            "options": self._run.options,
             "keys": list(known),
             "errors": torch.tensor(list(known.values()), dtype=torch.float32),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the cached errors."""
+        """Restore the cached errors, unless they were computed under other options."""
+        if state.get("options") != self._run.options:
+            logger.warning("options changed: the reference's cached errors are computed again")
+            return
         pairs = (tuple(row) for row in state["errors"].tolist())
         self._known = dict(zip(state["keys"], pairs, strict=True))
 

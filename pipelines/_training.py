@@ -6,11 +6,12 @@ with the base and report are wired here.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Run:
     """What a method's step works with.
 
     `meter` counts what training costs. `state` holds what belongs in the checkpoint besides the
-    weights; a step may add to it.
+    weights; a step may add to it. `options` is a hash of the options that may move a result.
     """
 
     adapter: ImageAdapter
@@ -75,6 +76,7 @@ class Run:
     accelerator: Accelerator
     meter: CostMeter
     state: dict[str, Stateful]
+    options: str = ""
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -236,8 +238,19 @@ def prepare(config: RunConfig, adapter: ImageAdapter, accelerator: Accelerator) 
     if config.reference_update != "never":
         state["reference"] = reference
     return Run(
-        adapter=adapter, reference=reference, accelerator=accelerator, meter=meter, state=state
+        adapter=adapter,
+        reference=reference,
+        accelerator=accelerator,
+        meter=meter,
+        state=state,
+        options=_options_hash(config),
     )
+
+
+def _options_hash(config: RunConfig) -> str:
+    """Hash all options but those that may change in a continued run."""
+    kept = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()
 
 
 def begin_folder(output: Path, resolved: str) -> list[str]:

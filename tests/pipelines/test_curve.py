@@ -204,3 +204,18 @@ def test_best_weights_and_count_by_hand() -> None:
 def test_options_that_need_others(options: dict[str, Any], missing: str) -> None:
     with pytest.raises(InputError, match=missing):
         check_config(DraftConfig(evaluation=EvalConfig(**options), prompts="README.md", model="x"))
+
+
+def test_best_value_of_another_evaluation_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    old = EvalConfig(early_stopping_metric="brightness", early_stopping_patience=1)
+    new = EvalConfig(early_stopping_metric="jpeg", early_stopping_patience=1)
+    before = EarlyStopping(old, [weight], "a")
+    before.update(1, {"brightness": 9.0})
+    for config, measured in [(new, "a"), (old, "b")]:
+        caplog.clear()
+        after = EarlyStopping(config, [weight], measured)
+        after.load_state_dict(before.state_dict())
+        assert "starts anew" in caplog.text
+        after.update(2, {"brightness": 1.0, "jpeg": 1.0})
+        assert not after.finished

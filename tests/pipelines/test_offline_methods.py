@@ -314,3 +314,17 @@ def test_contradicting_options_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         train(method, tiny_sd, pairs, tmp_path, **change)
+
+
+def test_cached_reference_errors_of_other_options_are_dropped(
+    tiny_sd: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    settings: dict[str, Any] = {"num_draws": 1, "save_steps": 2}
+    train("diffusion-dpo", tiny_sd, pairs, tmp_path, max_steps=2, max_timestep=50, **settings)
+    more = settings | {"max_steps": 3, "resume_from_checkpoint": "latest"}
+    train("diffusion-dpo", tiny_sd, pairs, tmp_path, max_timestep=50, **more)
+    assert "computed again" not in caplog.text
+    more["max_steps"] = 4
+    train("diffusion-dpo", tiny_sd, pairs, tmp_path, min_timestep=900, **more)
+    assert "computed again" in caplog.text
