@@ -162,9 +162,7 @@ class TrainingState:
             raise DamagedCheckpointError(
                 f"{path}: its contents are not those of a run ({what})"
             ) from error
-        if checkpoint.step > self._config.max_steps:
-            have, limit = checkpoint.step, self._config.max_steps
-            raise InputError(f"{path}: has {have} steps already, more than max_steps: {limit}")
+        check_length(path, checkpoint, self._config)
         self.last_step, self.last_path = checkpoint.step, path
         return checkpoint.step
 
@@ -231,6 +229,17 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, *, coupled: bool
     """
     identity = _identity(config, coupled)
     _must_match(checkpoint, "run", _division(checkpoint.state.get("run"), identity), identity)
+
+
+def check_length(path: Path, checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Refuse a checkpoint that is beyond the end of this run.
+
+    Raises:
+        InputError: it has more than `max_steps` steps.
+    """
+    if checkpoint.step > config.max_steps:
+        have, limit = checkpoint.step, config.max_steps
+        raise InputError(f"{path}: has {have} steps already, more than max_steps: {limit}")
 
 
 def _identity(config: TrainConfig, coupled: bool) -> dict[str, str | int]:

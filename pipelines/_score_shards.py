@@ -51,8 +51,7 @@ def score_shards(config: ScoreConfig, rewards: Sequence[RewardConfig]) -> None:
     share = Share.of(config.shard, config.num_shards)
     records = go_through(shards, output, settings, share, work)
     if records is None:
-        done = f"process {share.process} of {share.processes} is done{scorer.said()}"
-        tqdm.write(f"{done}; others are not yet")
+        share.report(scorer.said())
         return
     tqdm.write(totals_table(records))
     counts = (sum(record[name] for record in records) for name in ("rows", "skipped"))

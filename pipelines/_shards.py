@@ -45,6 +45,11 @@ class Share(NamedTuple):
         """Take the options, or the launcher's numbers where they leave it open."""
         return cls(*launched()) if num_shards == 1 else cls(shard, num_shards)
 
+    def report(self, more: str) -> None:
+        """Say that this process is done before others; `more` is what else to say of it."""
+        done = f"process {self.process} of {self.processes} is done{more}"
+        tqdm.write(f"{done}; others are not yet")
+
 
 class Seen(NamedTuple):
     """What tells a shard from another of its name; `hash` is that of all its bytes."""

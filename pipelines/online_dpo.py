@@ -34,7 +34,7 @@ from mmalign.pipelines._training import MAY_CHANGE
 from mmalign.pipelines.pairs_build import build_pairs
 from mmalign.processes import from_main, is_main, launched, rank, together, world_size
 from mmalign.randomness import derive_seed
-from mmalign.training_state import check_same_run
+from mmalign.training_state import check_length, check_same_run
 from mmalign.types import InputError
 
 logger = logging.getLogger(__name__)
@@ -90,9 +90,7 @@ def _check_finished(config: OnlineDpoConfig, number: int) -> None:
     if path is not None:
         checkpoint = load_checkpoint(path)
         check_same_run(checkpoint, config)
-        if checkpoint.step > config.max_steps:
-            have, limit = checkpoint.step, config.max_steps
-            raise InputError(f"{path}: has {have} steps already, more than max_steps: {limit}")
+        check_length(path, checkpoint, config)
     file = folder / "config.yaml"
     if not file.exists():
         return

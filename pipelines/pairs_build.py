@@ -89,8 +89,7 @@ def _build_shards(config: PairsBuildConfig) -> None:
     rewards = ShardRewards(loaded, device, config.cache)
     records, share = pair_shards(config, configs, rewards)
     if records is None:
-        done = f"process {share.process} of {share.processes} is done{rewards.said()}"
-        tqdm.write(f"{done}; others are not yet")
+        share.report(rewards.said())
         return
     names = ("pairs", "rows", "skipped", "prompts_without")
     pairs, rows, skipped, without = (sum(record[name] for record in records) for name in names)
