@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import served_reward
 import torch
 
 from mmalign.config import PairsLabelConfig, ServeRewardConfig
@@ -71,19 +73,9 @@ def reward_app(gate: Gate) -> Lingering:
 
 @contextmanager
 def running(app: Lingering, grace: int = 30) -> Iterator[tuple[Server, int]]:
-    """Run the server of the commands in a thread; gives it and its port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(app, grace=grace, lifespan="on" if app_is_reward(app) else "off")
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield server, listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+    lifespan: Literal["on", "off"] = "on" if app_is_reward(app) else "off"
+    with served_reward.running(app, lifespan, grace) as found:
+        yield found
 
 
 def app_is_reward(app: Lingering) -> bool:
